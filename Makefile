@@ -1,0 +1,38 @@
+# make demo: environment, bundle and images; make test: every test; make lint: style and types.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := engines/demo/manifest.json
+
+.PHONY: demo test lint benchmark clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO)
+	rm -rf images/demo
+	$(BIN)/lpd-export run engines/demo --class all -n 2 --out images/demo
+	@echo "Look at images/demo/contact_sheet.png"
+
+$(DEMO): $(READY) engines/demo.toml $(wildcard models/lpd-emoji32/*) $(wildcard lpd_export/*.py reference/*.py)
+	$(BIN)/lpd-export build engines/demo.toml --force
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(READY)
+	$(BIN)/python scripts/benchmark.py
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) images engines/*/ build *.egg-info

@@ -1,0 +1,491 @@
+"""The command line: reads what the user typed, shows progress, and says how it went.
+
+Does the talking and nothing else; each command hands its work to one function below. Results go
+to standard output, everything else to standard error. A user's mistake is one line and exit
+code 2; an interruption is exit code 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lpd_export.errors import Interrupted, UserError
+from lpd_export.recipe import CHOICES, BuildRequest, read_recipe
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `lpd-export`; ends the process."""
+    # A polite kill is answered like Ctrl-C, so that nothing half-written stays behind.
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    try:
+        commands.main(arguments, prog_name="lpd-export", standalone_mode=False)
+    except UserError as error:
+        fail(str(error))
+    except click.ClickException as error:
+        fail(error.format_message().rstrip("."), hint=help_hint(error))
+    except Interrupted as stopped:
+        click.echo(f"lpd-export: {stopped}", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except click.Abort:
+        click.echo("lpd-export: interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe has gone; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def fail(message: str, hint: str = "") -> None:
+    """Says in one line what was wrong, and exits."""
+    one_line = " ".join(message.split())
+    click.echo(f"lpd-export: error: {one_line}{hint}", err=True)
+    sys.exit(EXIT_MISTAKE)
+
+
+def help_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (see `{context.command_path} --help`)" if context else ""
+
+
+class CommandGroup(click.Group):
+    """Lists commands in the order they are written in, which is the order of use."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lpd-export")
+def commands() -> None:
+    """Exports LPD image generators to ONNX, and generates images with them.
+
+    \b
+    Example:
+      lpd-export build engines/demo.toml
+      lpd-export run engines/demo --class heart --out hearts
+    """
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
+    )(function)
+
+
+def print_json(result: Any) -> None:
+    """Strict JSON: what is not a number is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    click.echo(json.dumps(plain(result), indent=1, allow_nan=False, default=str))
+
+
+# ------------------------------------------------------------------------------------ build
+
+
+@commands.command()
+@click.argument("recipe", required=False)
+@click.option("--res", type=int, help="Resolution in pixels; 256 alone means the published lpd-l.")
+@click.option("--model", help="Published model: lpd-l, lpd-xl or lpd-xxl.")
+@click.option("--steps", type=int, help="Steps an image; by default the published number.")
+@click.option("--checkpoint", metavar="FILE|hf:ORG/NAME", help="LPD weights.")
+@click.option("--tokenizer", metavar="FILE|hf:ORG/NAME/FILE", help="VQ tokenizer weights.")
+@click.option("--heads", type=int, help="Attention heads, if not the model's width / 64.")
+@click.option(
+    "--classes",
+    metavar="FILE.json",
+    help="Class names: a JSON list. By default classes.json beside the checkpoint, or ImageNet's.",
+)
+@click.option(
+    "--schedule",
+    metavar="FILE",
+    help="Schedule: an .npz of `schedule make`, or a JSON list of orders with --steps.",
+)
+@click.option("--orders", type=int, help="Orders to make for the schedule.  [default: 64]")
+@click.option("--repulsion", type=int, help="Repulsion threshold of these orders.")
+@click.option("--cfg", type=float, help="Guidance scale to recommend in the bundle.")
+@click.option(
+    "--guidance",
+    type=click.Choice(CHOICES["guidance"]),
+    help="How guidance grows over the tokens.  [default: linear]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(CHOICES["precision"]),
+    help="Of weights and activations; this version builds fp32.  [default: fp32]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(CHOICES["backend"]),
+    help="This version builds for onnxruntime.  [default: onnxruntime]",
+)
+@click.option("--max-batch", type=int, help="Refuse larger batches; by default any is taken.")
+@click.option(
+    "--random-weights", is_flag=True, default=None, help="A full-size model without a checkpoint."
+)
+@click.option("--seed", type=int, help="Of the orders and of random weights.  [default: 0]")
+@click.option(
+    "--out",
+    metavar="DIR",
+    help="The bundle.  [default: engines/MODEL-RES-PRECISION, or the recipe's name beside it]",
+)
+@click.option("--force", is_flag=True, default=None, help="Replace the bundle if there is one.")
+@json_option
+def build(recipe: str | None, as_json: bool, **options: Any) -> None:
+    """Makes a bundle from a checkpoint, from a RECIPE's settings, or from both.
+
+    Options override the recipe's settings. The architecture and the resolution are read off the
+    weights; a --res of another grid resizes the model's positions.
+
+    \b
+    Examples:
+      lpd-export build --res 256
+      lpd-export build --checkpoint lpd_l_256.pth --tokenizer vq_ds16_c2i.pt
+      lpd-export build --model lpd-l --res 512 --random-weights --out engines/test
+      lpd-export build engines/demo.toml --force
+    """
+    settings = read_recipe(Path(recipe)) if recipe else {}
+    settings |= {name: value for name, value in options.items() if value is not None}
+    request = BuildRequest(**settings)
+    with stages() as report:
+        report("loading torch and onnx")
+        from lpd_export.build import build as build_bundle
+
+        out = build_bundle(request, report)
+    if as_json:
+        from lpd_export.bundle import Bundle
+
+        print_json({"bundle": str(out), "manifest": dataclasses.asdict(Bundle.open(out).manifest)})
+    else:
+        click.echo(f"{out}: {folder_size(out) / 1e6:.0f} MB")
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """Shows the current stage with a clock on a terminal, a line for each elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: click.echo(stage, err=True)
+        return
+    columns = (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+
+        def report(stage: str) -> None:
+            for task in progress.tasks:
+                progress.update(task.id, total=1, completed=1)
+            progress.add_task(stage, total=None)
+
+        yield report
+        for task in progress.tasks:
+            progress.update(task.id, total=1, completed=1)
+
+
+def folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# -------------------------------------------------------------------------------------- run
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path())
+@click.argument("more_classes", nargs=-1, metavar="")
+@click.option(
+    "--class",
+    "classes",
+    multiple=True,
+    metavar="NAME|ID ...",
+    help="What to draw: names or numbers; `all` is every class, `none` no class.",
+)
+@click.option("-n", "count", type=int, default=1, show_default=True, help="Images a class.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same images.")
+@click.option("--cfg", type=float, help="Guidance scale.  [default: the bundle's]")
+@click.option(
+    "--guidance",
+    type=click.Choice(CHOICES["guidance"]),
+    help="How guidance grows over the tokens.  [default: the bundle's]",
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, help="Draw among the K most probable tokens.")
+@click.option("--top-p", type=float, help="Draw among the fewest tokens of probability P together.")
+@click.option("--batch", type=int, help="Images generated together.  [default: up to 4]")
+@click.option("--schedule", metavar="FILE", help="Instead of the bundle's own.")
+@click.option("--steps", type=int, help="With a --schedule that is a JSON list of orders.")
+@click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option("--save-tokens", metavar="FILE.npy", help="Also save the token ids [images, cells].")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run in the same folder.")
+@click.option("--out", metavar="DIR", required=True, help="New folder for the images.")
+@json_option
+def run(
+    bundle: str,
+    classes: tuple[str, ...],
+    more_classes: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generates images: a PNG each, a contact sheet, and images.jsonl.
+
+    \b
+    Examples:
+      lpd-export run engines/demo --class heart monkey-face -n 4 --out images
+      lpd-export run engines/lpd-l-256-fp32 --class 207 "red panda" --seed 1 --out images
+    """
+    from lpd_export.run import RunRequest, generate_images
+
+    request = RunRequest(
+        bundle=Path(bundle),
+        classes=[*classes, *more_classes],
+        **(options | {"out": Path(options["out"])}),
+    )
+    with image_progress() as (report, advance):
+        result = generate_images(request, report, advance)
+    if as_json:
+        print_json(result.as_json())
+    else:
+        click.echo(
+            f"{result.made} images in {result.seconds:.1f} s, written to {request.out}; "
+            f"contact sheet {result.contact_sheet}"
+        )
+
+
+@contextlib.contextmanager
+def image_progress() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
+    """Shows which image and which step is being made, on a terminal; stages alone elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lpd_export.run import Advance
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: click.echo(stage, err=True), tell_each_tenth()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def report(stage: str) -> None:
+            progress.update(task, description=stage)
+
+        def show(advance: Advance) -> None:
+            progress.update(
+                task,
+                description=advance.describe(),
+                total=advance.all_images,
+                completed=advance.images_done,
+            )
+
+        yield report, show
+
+
+def tell_each_tenth() -> Callable[[Any], None]:
+    """Progress for a log: a line whenever another tenth of the images is done."""
+    told = 0
+
+    def advance(advance: Any) -> None:
+        nonlocal told
+        tenths = int(10 * advance.images_done / advance.all_images)
+        if tenths > told:
+            told = tenths
+            click.echo(advance.describe(), err=True)
+
+    return advance
+
+
+# --------------------------------------------------------------------------------- schedule
+
+
+@commands.group(cls=CommandGroup)
+def schedule() -> None:
+    """Makes, checks and draws generation schedules."""
+
+
+@schedule.command()
+@click.option("--res", type=int, required=True, help="Resolution in pixels.")
+@click.option("--steps", type=int, required=True, help="Steps an image.")
+@click.option(
+    "--kind",
+    type=click.Choice(["locality", "random", "raster"]),
+    default="locality",
+    show_default=True,
+)
+@click.option(
+    "--repulsion",
+    type=int,
+    default=2,
+    show_default=True,
+    help="Cells of a step are further apart than this (Chebyshev distance).",
+)
+@click.option(
+    "--proximity",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="How close to generated cells counts as close.",
+)
+@click.option("--count", type=int, default=64, show_default=True, help="How many orders.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stride", type=int, default=16, show_default=True, help="Pixels of a cell's side.")
+@click.option("--out", metavar="FILE.npz", required=True)
+@click.option("--force", is_flag=True, help="Replace the file if there is one.")
+@json_option
+def make(res: int, stride: int, out: str, force: bool, as_json: bool, **settings: Any) -> None:
+    """Makes a schedule: group sizes, and many orders to choose from.
+
+    \b
+    Example:
+      lpd-export schedule make --res 256 --steps 20 --out orders.npz
+    """
+    from lpd_export.schedule import Schedule
+
+    if stride < 1 or res < stride or res % stride:
+        raise UserError(f"--res {res} is not a multiple of the tokenizer's stride of {stride}")
+    refuse_existing(Path(out), force)
+    made = Schedule.make(res // stride, **settings)
+    made.save(out)
+    describe_schedule(out, made, as_json)
+
+
+@schedule.command()
+@click.argument("file")
+@click.option("--steps", type=int, help="For a JSON list of orders, which does not say.")
+@json_option
+def check(file: str, steps: int | None, as_json: bool) -> None:
+    """Checks a schedule and describes it.
+
+    \b
+    Example:
+      lpd-export schedule check orders.npz
+      lpd-export schedule check res256_steps20_repulsion2.json --steps 20
+    """
+    from lpd_export.schedule import Schedule
+
+    describe_schedule(file, Schedule.load(file, steps=steps), as_json)
+
+
+@schedule.command()
+@click.argument("file")
+@click.option("--steps", type=int, help="For a JSON list of orders, which does not say.")
+@click.option("--order", type=int, default=0, show_default=True, help="Which of the orders.")
+@click.option("--out", metavar="FILE.png", required=True)
+@click.option("--force", is_flag=True, help="Replace the file if there is one.")
+def show(file: str, steps: int | None, order: int, out: str, force: bool) -> None:
+    """Draws a schedule: a grid coloured by step, and how the image fills.
+
+    \b
+    Example:
+      lpd-export schedule show orders.npz --out orders.png
+    """
+    import numpy as np
+
+    from lpd_export.images import draw_schedule, save_png
+    from lpd_export.schedule import Schedule
+
+    refuse_existing(Path(out), force)
+    loaded = Schedule.load(file, steps=steps)
+    save_png(np.asarray(draw_schedule(loaded, order)), out)
+    click.echo(out)
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise UserError(f"{out} exists: choose another --out, or replace it with --force")
+
+
+def describe_schedule(file: str, schedule: Any, as_json: bool) -> None:
+    from lpd_export.schedule import locality_statistics
+
+    statistics = locality_statistics(schedule.orders, schedule.group_sizes)
+    if as_json:
+        print_json(
+            {
+                "file": file,
+                "kind": schedule.kind,
+                "grid": schedule.grid,
+                "steps": schedule.steps,
+                "orders": schedule.count,
+                "repulsion": schedule.repulsion,
+                "proximity": schedule.proximity,
+                "seed": schedule.seed,
+                "group_sizes": schedule.group_sizes.tolist(),
+                **dataclasses.asdict(statistics),
+            }
+        )
+        return
+    click.echo(
+        f"{file}: {schedule.count} {schedule.kind} orders of a {schedule.grid}x{schedule.grid} "
+        f"grid in {schedule.steps} steps"
+    )
+    click.echo("group sizes: " + " ".join(map(str, schedule.group_sizes)))
+    if math.isfinite(statistics.isolated_share):
+        click.echo(f"cells with no generated neighbour: {100 * statistics.isolated_share:.1f} %")
+    if math.isfinite(statistics.group_distance):
+        click.echo(
+            "mean distance to the nearest cell of the same step: "
+            f"{statistics.group_distance:.2f} cells"
+        )
+
+
+# ---------------------------------------------------------------------------------- inspect
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--classes", is_flag=True, help="List the classes instead.")
+@json_option
+def inspect(bundle: str, classes: bool, as_json: bool) -> None:
+    """Says what a bundle holds, and verifies every file of it.
+
+    \b
+    Example:
+      lpd-export inspect engines/demo
+      lpd-export inspect engines/demo --classes
+    """
+    from lpd_export.bundle import Bundle
+    from lpd_export.inspection import class_lines, report_lines
+
+    opened = Bundle.open(bundle)
+    if classes:
+        if as_json:
+            print_json(opened.manifest.class_names)
+        else:
+            click.echo_via_pager("\n".join(class_lines(opened.manifest)) + "\n")
+        return
+    opened.files()
+    opened.schedule()
+    if as_json:
+        print_json({"bundle": bundle, "manifest": dataclasses.asdict(opened.manifest)})
+    else:
+        click.echo("\n".join(report_lines(opened)))

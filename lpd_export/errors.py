@@ -1,0 +1,12 @@
+"""The exceptions that are meant for the user, each told in one sentence."""
+
+
+class UserError(Exception):
+    """A mistake in what was asked for: what was wrong, with the value, and what to do.
+
+    The command line prints the sentence alone and exits with code 2; from Python it is raised.
+    """
+
+
+class Interrupted(Exception):  # noqa: N818, like KeyboardInterrupt it is no error
+    """Work that was stopped on request; the sentence says what is there and how to go on."""

@@ -1,0 +1,48 @@
+"""The published LPD models: where they are, and the settings they were evaluated with.
+
+Source: the tables of arXiv 2507.01957 and the authors' release.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TOKENIZER = "hf:FoundationVision/LlamaGen/vq_ds16_c2i.pt"
+TOKENIZER_STRIDE = 16
+NUM_CLASSES = 1000
+VOCAB_SIZE = 16384
+
+
+@dataclass(frozen=True)
+class PublishedSettings:
+    """A row of the published table: guidance is linear, no top-k, no top-p, temperature 1."""
+
+    model: str
+    resolution: int
+    steps: int
+    cfg: float
+    repulsion: int
+
+    @property
+    def checkpoint(self) -> str:
+        """Where its weights are."""
+        return f"hf:mit-han-lab/{self.model.replace('-', '_')}_{self.resolution}"
+
+
+PUBLISHED = (
+    PublishedSettings("lpd-l", 256, 20, 4.8, 2),
+    PublishedSettings("lpd-xl", 256, 20, 4.9, 2),
+    PublishedSettings("lpd-xxl", 256, 20, 5.9, 3),
+    PublishedSettings("lpd-l", 256, 32, 5.4, 2),
+    PublishedSettings("lpd-xl", 256, 32, 5.0, 2),
+    PublishedSettings("lpd-l", 512, 48, 7.3, 4),
+    PublishedSettings("lpd-xl", 512, 48, 6.0, 4),
+)
+
+
+def published_settings(
+    model: str | None, resolution: int, steps: int | None = None
+) -> PublishedSettings | None:
+    """The row of a model at a resolution: that of `steps` if there is one, else the first."""
+    rows = [row for row in PUBLISHED if (row.model, row.resolution) == (model, resolution)]
+    return next((row for row in rows if row.steps == steps), rows[0] if rows else None)

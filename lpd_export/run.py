@@ -1,0 +1,385 @@
+"""What `lpd-export run` does: images and their records in a folder, whole at any moment.
+
+Every image is written as soon as it is made and only then recorded, so that an interrupted run
+keeps what it has and can go on. Does not know the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lpd_export.bundle import MANIFEST
+from lpd_export.classes import display_name, resolve_classes
+from lpd_export.errors import Interrupted, UserError
+from lpd_export.files import sha256, write_atomically
+from lpd_export.images import contact_sheet, save_png
+from lpd_export.pipeline import Pipeline, Progress
+from lpd_export.runtime.randomness import image_randomness
+from lpd_export.runtime.sampler import Sampling
+from lpd_export.schedule import Schedule
+
+RECORDS = "images.jsonl"
+SHEET = "contact_sheet.png"
+SHEET_IMAGES = 100
+"""The contact sheet shows so many images at most."""
+SHEET_COLUMNS = 10
+DEFAULT_BATCH = 4
+"""Where a CPU has most of what batching gives, without much more memory."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """Everything that a user can say of a run; see `lpd-export run --help`."""
+
+    bundle: Path
+    classes: list[str]
+    out: Path
+    count: int = 1
+    seed: int = 0
+    cfg: float | None = None
+    guidance: str | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    batch: int | None = None
+    schedule: str | None = None
+    steps: int | None = None
+    threads: int | None = None
+    save_tokens: str | None = None
+    resume: bool = False
+
+
+class Advance(NamedTuple):
+    """How far a run is."""
+
+    progress: Progress
+    images_before: int
+    """Made before the images that are being made."""
+    all_images: int
+
+    @property
+    def images_done(self) -> float:
+        """Whole images and the done share of those in the making."""
+        progress = self.progress
+        return self.images_before + progress.images * progress.step / progress.steps
+
+    def describe(self) -> str:
+        """Which image and which step."""
+        first, last = self.images_before + 1, self.images_before + self.progress.images
+        images = f"image {first}" if first == last else f"images {first} to {last}"
+        step = f"step {self.progress.step} of {self.progress.steps}"
+        return f"{images} of {self.all_images}, {step}"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has written."""
+
+    out: Path
+    made: int
+    """Images made by this run, those of earlier runs not counted."""
+    seconds: float
+    """For these images, loading not counted."""
+    records: list[Record]
+    contact_sheet: Path
+    tokens: Path | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "out": str(self.out),
+            "made": self.made,
+            "seconds": round(self.seconds, 3),
+            "contact_sheet": str(self.contact_sheet),
+            "tokens": str(self.tokens) if self.tokens else None,
+            "images": self.records,
+        }
+
+
+def generate_images(
+    request: RunRequest,
+    report: Callable[[str], None] = lambda stage: None,
+    advance: Callable[[Advance], None] = lambda advance: None,
+) -> RunResult:
+    """Does what is asked for.
+
+    Args:
+        request: the run.
+        report: called with each stage.
+        advance: called after each step of each batch.
+
+    Raises:
+        UserError: if the request is wrong; no file is then written.
+        Interrupted: on Ctrl-C, once what is finished is on disk.
+    """
+    check_request(request)
+    report(f"loading {request.bundle}")
+    pipeline = Pipeline.open(request.bundle, threads=request.threads)
+    plan = plan_images(request, pipeline)
+    done = read_records(request.out, plan) if request.resume else {}
+    batch = request.batch or min(DEFAULT_BATCH, pipeline.manifest.max_batch or DEFAULT_BATCH)
+    images = pipeline.stream(
+        {index: label for index, label in enumerate(plan.labels) if index not in done},
+        seed=request.seed,
+        sampling=plan.sampling,
+        batch=batch,
+        schedule=plan.schedule,
+        progress=lambda progress: advance(Advance(progress, len(done), len(plan.labels))),
+    )
+    made_before, token_ids = len(done), []
+    created = create_folder(request.out)
+    report("generating")
+    started = time.monotonic()
+    try:
+        write_records(request.out, done)
+        for image in images:
+            save_png(image.pixels, request.out / plan.file_name(image.index))
+            done[image.index] = plan.record(image.index)
+            append_record(request.out, done[image.index])
+            if request.save_tokens:
+                token_ids.append(image.token_ids)
+    except KeyboardInterrupt:
+        if not done:
+            remove_empty(request.out, created)
+            raise
+        raise Interrupted(
+            f"interrupted: {len(done)} of {len(plan.labels)} images are in {request.out}, the "
+            "same command with --resume makes the rest"
+        ) from None
+    seconds = time.monotonic() - started
+    tokens = save_token_ids(request, token_ids)
+    records = [done[index] for index in sorted(done)]
+    sheet = write_contact_sheet(request.out, records, request.count)
+    return RunResult(request.out, len(done) - made_before, seconds, records, sheet, tokens)
+
+
+def check_request(request: RunRequest) -> None:
+    """Raises UserError for what can be known to be wrong before anything is loaded."""
+    if not request.classes:
+        raise UserError(
+            "say what to draw with --class NAME or --class ID; `lpd-export inspect "
+            f"{request.bundle} --classes` lists the classes"
+        )
+    if request.count < 1:
+        raise UserError(f"-n must be at least 1, but it is {request.count}")
+    for option, value in (("--batch", request.batch), ("--threads", request.threads)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, but it is {value}")
+    if request.steps is not None and not request.schedule:
+        raise UserError("--steps says how to read a --schedule; alone it has no meaning here")
+    check_out(request.out, request.resume)
+    if request.save_tokens:
+        if request.resume:
+            raise UserError("--save-tokens does not go with --resume: the earlier ids are gone")
+        if Path(request.save_tokens).exists():
+            raise UserError(f"{request.save_tokens} exists: choose another --save-tokens")
+        if not Path(request.save_tokens).absolute().parent.is_dir():
+            raise UserError(f"cannot write {request.save_tokens}: its folder does not exist")
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raises UserError unless images can go to `out`: a new or empty folder, or one to resume."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give --out a folder")
+    if out.exists() and any(out.iterdir()):
+        if not (out / RECORDS).is_file():
+            raise UserError(f"{out} exists and is not empty: choose another --out")
+        if not resume:
+            raise UserError(
+                f"{out} holds the images of another run: choose another --out, or go on with "
+                "that run by --resume"
+            )
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """What each image of a run is made from; its index in `labels` is the image's."""
+
+    labels: list[int | None]
+    class_names: list[list[str]]
+    seed: int
+    sampling: Sampling
+    schedule: Schedule
+    bundle: Path
+
+    @cached_property
+    def common(self) -> Record:
+        """What all images of the run share."""
+        content = self.schedule.group_sizes.tobytes() + self.schedule.orders.tobytes()
+        return {
+            "seed": self.seed,
+            "cfg": self.sampling.cfg,
+            "guidance": self.sampling.guidance,
+            "temperature": self.sampling.temperature,
+            "top_k": self.sampling.top_k,
+            "top_p": self.sampling.top_p,
+            "steps": self.schedule.steps,
+            "schedule_sha256": hashlib.sha256(content).hexdigest(),
+            "bundle": str(self.bundle),
+            "manifest_sha256": sha256(self.bundle / MANIFEST),
+        }
+
+    def record(self, index: int) -> Record:
+        """How image `index` is made: its line in images.jsonl."""
+        schedule = self.schedule
+        chance = image_randomness(self.seed, index, schedule.cells, schedule.count)
+        return {
+            "file": self.file_name(index),
+            "index": index,
+            "class_id": self.labels[index],
+            "class_name": display_name(self.class_names, self.labels[index]),
+            "order": chance.order_index,
+            **self.common,
+        }
+
+    def file_name(self, index: int) -> str:
+        """Index and class, as in 00003_red-panda.png."""
+        name = display_name(self.class_names, self.labels[index])
+        slug = re.sub(r"[^a-z0-9]+", "-", name.casefold()).strip("-")
+        return f"{index:05d}_{slug}.png"
+
+
+def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
+    """What each image is made from, all of it checked.
+
+    Images go round the classes: more of them (a greater -n) leaves the first ones as they are.
+    """
+    manifest = pipeline.manifest
+    labels = resolve_classes(request.classes, manifest.class_names, manifest.model.num_classes)
+    schedule = None
+    if request.schedule:
+        steps = request.steps
+        if steps is None and Path(request.schedule).suffix == ".json":
+            steps = len(manifest.phases)
+        schedule = Schedule.load(request.schedule, steps=steps)
+    return ImagePlan(
+        labels=labels * request.count,
+        class_names=manifest.class_names,
+        seed=request.seed,
+        sampling=pipeline.sampling(
+            cfg=request.cfg,
+            guidance=request.guidance,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+        ),
+        schedule=pipeline.choose_schedule(schedule),
+        bundle=request.bundle,
+    )
+
+
+# ---------------------------------------------------------------------------------- records
+
+
+def read_records(out: Path, plan: ImagePlan) -> dict[int, Record]:
+    """The images that are already there, by index.
+
+    Raises:
+        UserError: if they were made in another way than this run would make them.
+    """
+    done: dict[int, Record] = {}
+    path = out / RECORDS
+    if not path.is_file():
+        return done
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            index = record["index"]
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short by a kill; the image is made again
+        if not isinstance(index, int) or not 0 <= index < len(plan.labels):
+            raise UserError(
+                f"{path}, line {number}: image {index} is not among the {len(plan.labels)} of "
+                "this run; choose another --out"
+            )
+        check_same(record, plan.record(index), f"{path}, line {number}")
+        if (out / record["file"]).is_file():
+            done[index] = record
+    return done
+
+
+def check_same(found: Mapping[str, Any], expected: Record, where: str) -> None:
+    for key, value in expected.items():
+        if key != "bundle" and found.get(key) != value:
+            raise UserError(
+                f"{where}: made with {key} {found.get(key)!r}, this run has {value!r}: repeat the "
+                "first run's command, or choose another --out"
+            )
+
+
+def write_records(out: Path, done: Mapping[int, Record]) -> None:
+    """Starts images.jsonl with what is there, without a line that was cut short."""
+    lines = [json.dumps(done[index]) + "\n" for index in sorted(done)]
+    write_atomically(out / RECORDS, "".join(lines).encode())
+
+
+def append_record(out: Path, record: Record) -> None:
+    with open(out / RECORDS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+def create_folder(out: Path) -> list[Path]:
+    """Makes a folder and its parents; returns those that were not there, the innermost first."""
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    return created
+
+
+def remove_empty(out: Path, created: list[Path]) -> None:
+    """Takes back a folder that nothing came into."""
+    (out / RECORDS).unlink(missing_ok=True)
+    for folder in created:
+        folder.rmdir()
+
+
+def save_token_ids(request: RunRequest, token_ids: list[NDArray[np.int64]]) -> Path | None:
+    """Writes token ids [images, S] int64, raster order, if they were asked for."""
+    if not request.save_tokens:
+        return None
+    path = Path(request.save_tokens)
+    try:
+        with open(path, "wb") as file:
+            np.save(file, np.stack(token_ids))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def write_contact_sheet(out: Path, records: list[Record], count: int) -> Path:
+    """Draws the first images, class by class, a row a class where there are several of each."""
+    shown = records[:SHEET_IMAGES]
+    by_class: dict[int | None, list[Record]] = {}
+    for record in shown:
+        by_class.setdefault(record["class_id"], []).append(record)
+    ordered = [record for group in by_class.values() for record in group]
+    pictures = []
+    for record in ordered:
+        with Image.open(out / record["file"]) as picture:
+            pictures.append(np.asarray(picture.convert("RGB")))
+    labels = [record["class_name"] for record in ordered]
+    # Whole classes side by side, as many as are comfortable to look at.
+    columns = (
+        SHEET_COLUMNS // count * count if count <= SHEET_COLUMNS and len(by_class) > 1 else None
+    )
+    save_png(np.asarray(contact_sheet(pictures, labels, columns)), out / SHEET)
+    return out / SHEET

@@ -1,0 +1,33 @@
+"""What the generator asks of a backend, and which backends there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Run = Callable[[], None]
+
+
+class Executor(Protocol):
+    """Runs the graphs of one bundle on one device.
+
+    An executor binds tensors by address: it neither copies nor allocates what it is given, and
+    a cache bound as input and output at once is updated in place.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where bound tensors must lie."""
+
+    @property
+    def float_type(self) -> torch.dtype:
+        """The type of the graphs' float inputs and outputs."""
+
+    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+        """A call that runs `graph` once over these very tensors, inputs and outputs by name.
+
+        The tensors must be contiguous; the call keeps them alive.
+        """

@@ -1,0 +1,218 @@
+"""The generation loop: the same for every backend, batch size and guidance.
+
+Knows phases, caches and token ids. Does not know class names, files, seeds or how a backend runs
+a graph. All buffers are allocated once a batch size, and the loop neither allocates on purpose
+nor waits for the device, so that it can be captured as one CUDA graph.
+
+Shapes: B images, R rows (B, or 2B with guidance: conditional rows, then null rows), S cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpd_export.errors import UserError
+from lpd_export.runtime.executor import Executor, Run
+from lpd_export.runtime.sampler import Sampling, guide, sample
+from lpd_export.schedule import Phase, attention_mask
+
+
+class Dimensions(NamedTuple):
+    """The sizes of a model that its buffers follow from."""
+
+    depth: int
+    heads: int
+    head_dim: int
+    cells: int
+    vocab_size: int
+    num_classes: int
+    image_size: int
+
+    def condition_id(self, label: int | None) -> int:
+        """The token id of a class, or of the null condition."""
+        return self.vocab_size + (self.num_classes if label is None else label)
+
+
+class Step(NamedTuple):
+    """One decode phase with its tensors, bound."""
+
+    phase: Phase
+    token_ids: Tensor
+    positions: Tensor
+    logits: Tensor
+    run: Run
+
+
+class Generator:
+    """Generates batches of images with one schedule of group sizes.
+
+    Args:
+        executor: of the bundle's graphs.
+        dimensions: of its model.
+        phases: one a step (`schedule.phase_table`).
+    """
+
+    def __init__(self, executor: Executor, dimensions: Dimensions, phases: Sequence[Phase]) -> None:
+        self._executor = executor
+        self._dimensions = dimensions
+        self._phases = phases
+        self._batch: Batch | None = None
+
+    def generate(
+        self,
+        labels: Sequence[int | None],
+        orders: Tensor,
+        uniform: Tensor,
+        sampling: Sampling,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [B, S] int64 in raster order, and images [B, 3, height, width] in [-1, 1].
+
+        Args:
+            labels: a class id for each image, or None for no condition.
+            orders: [B, S] int64, the order each image follows.
+            uniform: [B, S] float64 in [0, 1), in generation order.
+            sampling: guidance and filters.
+            on_step: called after each step with how many are done.
+
+        The returned tensors are the generator's own buffers: the next call overwrites them.
+
+        Raises:
+            UserError: if the logits of a step are not finite.
+        """
+        size, guided = len(labels), sampling.guided
+        if self._batch is None or (self._batch.size, self._batch.guided) != (size, guided):
+            self._batch = None  # frees the caches before there are others
+            self._batch = Batch(self._executor, self._dimensions, self._phases, size, guided)
+        self._batch.load(labels, orders, uniform, sampling.scale(self._dimensions.cells))
+        token_ids, images = self._batch.run(sampling, on_step)
+        # One look at the device an image, after everything has been launched.
+        for step, finite in enumerate(self._batch.finite.tolist()):
+            if not finite:
+                raise UserError(
+                    f"the logits of step {step} are NaN or infinite: the weights or the precision "
+                    "of this bundle are broken"
+                )
+        return token_ids, images
+
+
+class Batch:
+    """The buffers of one batch size, every graph bound to them."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        dimensions: Dimensions,
+        phases: Sequence[Phase],
+        size: int,
+        guided: bool,
+    ) -> None:
+        self.size, self.guided = size, guided
+        self._dimensions = dimensions
+        self._executor = executor
+        rows = 2 * size if guided else size
+        device, float_type, cells = executor.device, executor.float_type, dimensions.cells
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=float_type, device=device)
+
+        self.orders = integers(size, cells)
+        self.uniform = torch.zeros(size, cells, dtype=torch.float64, device=device)
+        self.scale = torch.zeros(cells, dtype=torch.float32, device=device)
+        self.token_ids = integers(size, cells)
+        self.finite = torch.ones(len(phases), dtype=torch.bool, device=device)
+        cache_shape = (rows, dimensions.heads, cells + 1, dimensions.head_dim)
+        caches = {
+            f"{kind}_{layer}": floats(*cache_shape)
+            for kind in ("key", "value")
+            for layer in range(dimensions.depth)
+        }
+        # One buffer for all steps' logits: only the current step's are ever needed.
+        most_queries = max(phase.queries for phase in phases)
+        all_logits = floats(rows * most_queries * dimensions.vocab_size)
+        self.steps = [
+            self._bind_step(phase, rows, caches, all_logits, integers) for phase in phases
+        ]
+        self._bind_detokenize(floats)
+
+    def _bind_step(
+        self,
+        phase: Phase,
+        rows: int,
+        caches: dict[str, Tensor],
+        all_logits: Tensor,
+        integers: Callable[..., Tensor],
+    ) -> Step:
+        shape = (rows, phase.queries, self._dimensions.vocab_size)
+        logits = all_logits[: shape[0] * shape[1] * shape[2]].view(shape)
+        token_ids = integers(rows, phase.context)
+        positions = integers(rows, phase.tokens)
+        masked = torch.finfo(self._executor.float_type).min
+        mask = torch.from_numpy(attention_mask(phase, self._dimensions.cells, masked))
+        tensors = {
+            "token_ids": token_ids,
+            "positions": positions,
+            "attention_mask": mask.to(self._executor.device, self._executor.float_type),
+            "write_index": integers(rows) + phase.write_index,
+            "logits": logits,
+        }
+        for name, cache in caches.items():
+            tensors[f"past_{name}"] = tensors[f"present_{name}"] = cache
+        run = self._executor.bind("decode", tensors)
+        return Step(phase, token_ids, positions, logits, run)
+
+    def _bind_detokenize(self, floats: Callable[..., Tensor]) -> None:
+        side = self._dimensions.image_size
+        self.images = floats(self.size, 3, side, side)
+        # A CPU gains nothing from decoding images together, and would hold all their activations.
+        chunk = 1 if self._executor.device.type == "cpu" else self.size
+        self.detokenize = [
+            self._executor.bind("detokenize", {"indices": indices, "image": images})
+            for indices, images in zip(
+                self.token_ids.split(chunk), self.images.split(chunk), strict=True
+            )
+        ]
+
+    def load(
+        self, labels: Sequence[int | None], orders: Tensor, uniform: Tensor, scale: Tensor
+    ) -> None:
+        """Copies the inputs of a generation into the buffers."""
+        self.orders.copy_(orders)
+        self.uniform.copy_(uniform)
+        self.scale.copy_(scale)
+        conditions = [self._dimensions.condition_id(label) for label in labels]
+        if self.guided:
+            conditions += [self._dimensions.condition_id(None)] * self.size
+        self.steps[0].token_ids.copy_(torch.tensor(conditions).unsqueeze(1))
+
+    @torch.inference_mode()
+    def run(self, sampling: Sampling, on_step: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+        """Generates from the loaded inputs."""
+        sequence = torch.cat([torch.zeros_like(self.orders[:, :1]), self.orders + 1], dim=1)
+        for number, step in enumerate(self.steps):
+            phase = step.phase
+            first, last = phase.first_cell, phase.first_cell + phase.queries
+            written = sequence[:, phase.write_index : phase.write_index + phase.tokens]
+            self._copy_to_rows(step.positions, written)
+            step.run()
+            logits = guide(step.logits, self.scale[first:last]) if self.guided else step.logits
+            self.finite[number] = logits.isfinite().all()
+            drawn = sample(logits, self.uniform[:, first:last], sampling)
+            self.token_ids.scatter_(1, self.orders[:, first:last], drawn)
+            if number + 1 < len(self.steps):
+                self._copy_to_rows(self.steps[number + 1].token_ids, drawn)
+            on_step(number + 1)
+        for run in self.detokenize:
+            run()
+        return self.token_ids, self.images
+
+    def _copy_to_rows(self, rows: Tensor, images: Tensor) -> None:
+        """Copies [B, n] into the rows of each image, conditional and null."""
+        rows.view(-1, self.size, images.shape[1]).copy_(images)

@@ -1,0 +1,100 @@
+"""From logits to tokens: guidance, temperature, filters, and the draw.
+
+Plain tensor operations on the executor's device, of fixed shapes and without a look at a value
+from the host, so that on a GPU they can be captured with the graphs around them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lpd_export.errors import UserError
+
+GuidanceSchedule = Literal["constant", "linear"]
+GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from logits (paper section 4.1 for the guidance schedules).
+
+    cfg is the guidance scale, 1 for none; `linear` guidance grows from 1 at the first token
+    towards cfg at the last. top_k and top_p are off when None. Raises UserError for a value out
+    of its range.
+    """
+
+    cfg: float = 1.0
+    guidance: GuidanceSchedule = "linear"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cfg < float("inf"):
+            raise UserError(f"cfg must be a number from 0 up, but it is {self.cfg}")
+        if self.guidance not in GUIDANCE_SCHEDULES:
+            known = " or ".join(GUIDANCE_SCHEDULES)
+            raise UserError(f"guidance must be {known}, but it is {self.guidance!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(
+                f"temperature must be above 0, but it is {self.temperature}; for the most "
+                "probable token use top-k 1"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top-k must be at least 1, but it is {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top-p must be above 0 and at most 1, but it is {self.top_p}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether each image needs a second row, for the null condition."""
+        return self.cfg != 1.0
+
+    def scale(self, cells: int) -> Tensor:
+        """The guidance factor [S] float32 of each generation index."""
+        if self.guidance == "constant":
+            return torch.full((cells,), self.cfg, dtype=torch.float32)
+        return 1 + (self.cfg - 1) * torch.arange(cells, dtype=torch.float32) / cells
+
+
+def guide(logits: Tensor, scale: Tensor) -> Tensor:
+    """Guided logits [B, Q, V] float32 of conditional rows, then null rows: [2B, Q, V].
+
+    scale: [Q].
+    """
+    conditional, null = logits.float().tensor_split(2)
+    return null + scale[:, None] * (conditional - null)
+
+
+def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Token ids [B, Q] int64: the inverse of the filtered distribution's CDF at uniform [B, Q].
+
+    logits: [B, Q, V], after guidance. Summed in float64, so that rounding picks no token of
+    probability 0 and backends agree.
+    """
+    kept = _filter(logits.float() / sampling.temperature, sampling)
+    cumulative = kept.double().softmax(dim=-1).cumsum(dim=-1)
+    target = uniform.unsqueeze(-1) * cumulative[..., -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # NaN sorts behind everything: the caller reports it, the next lookup must survive it.
+    return drawn.clamp_(max=logits.shape[-1] - 1)
+
+
+def _filter(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits with everything outside the top k, then outside the top-p nucleus, at -inf."""
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ranked, index = logits.sort(dim=-1, descending=True, stable=True)
+        probability = ranked.softmax(dim=-1)
+        # What comes before the first entry sums to 0, so the first always stays.
+        before = (probability.cumsum(dim=-1) - probability).clamp_(min=0)
+        outside = before >= sampling.top_p
+        outside[..., :1] = False
+        logits = logits.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+    return logits
