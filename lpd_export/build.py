@@ -55,6 +55,7 @@ Report = Callable[[str], None]
 
 DEFAULT_MODEL = "lpd-l"
 DEFAULT_RESOLUTION = 256
+DEFAULT_ORDERS = 64
 DEFAULT_CFG = 3.0
 """Guidance recommended for a model without published settings, unless --cfg says otherwise."""
 CHECK_TOLERANCE = 1e-3
@@ -136,20 +137,30 @@ def check_request(request: BuildRequest) -> None:
     if request.model is not None and request.model not in PUBLISHED_MODELS:
         known = ", ".join(PUBLISHED_MODELS)
         raise UserError(f"there is no model {request.model!r}: the published ones are {known}")
+    if request.heads is not None and not request.checkpoint:
+        raise UserError("--heads needs --checkpoint, the model that has them")
     if request.random_weights and (request.checkpoint or request.tokenizer):
         raise UserError("--random-weights goes with neither --checkpoint nor --tokenizer")
     if request.tokenizer and not request.checkpoint:
         raise UserError("--tokenizer needs --checkpoint, the model whose tokens it decodes")
+    for option, value in (
+        ("--res", request.res),
+        ("--steps", request.steps),
+        ("--heads", request.heads),
+        ("--orders", request.orders),
+        ("--max-batch", request.max_batch),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, but it is {value}")
+    if not 0 <= request.seed < 2**64:
+        raise UserError(f"--seed must be from 0 to 2^64 - 1, but it is {request.seed}")
+    if request.cfg is not None and not 0 <= request.cfg < float("inf"):
+        raise UserError(f"--cfg must be a number from 0 up, but it is {request.cfg}")
     if not (request.random_weights or request.checkpoint or request.model or request.res):
         raise UserError(
             "say what to build: --res 256 (the published lpd-l), --checkpoint FILE --tokenizer "
             "FILE, or a recipe such as engines/demo.toml"
         )
-    for option, value in (("--max-batch", request.max_batch), ("--orders", request.orders)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} must be at least 1, but it is {value}")
-    if request.cfg is not None and not 0 <= request.cfg < float("inf"):
-        raise UserError(f"--cfg must be a number from 0 up, but it is {request.cfg}")
 
 
 def load(request: BuildRequest, report: Report) -> Source:
@@ -255,6 +266,9 @@ def settle(request: BuildRequest, source: Source) -> Settings:
 def make_schedule(request: BuildRequest, grid: int, known: PublishedSettings | None) -> Schedule:
     """The schedule of the request's file, or a locality-aware one."""
     if request.schedule:
+        for option, value in (("--orders", request.orders), ("--repulsion", request.repulsion)):
+            if value is not None:
+                raise UserError(f"{option} is for making a schedule, and --schedule gives one")
         schedule = Schedule.load(request.schedule, steps=request.steps)
         schedule.check_grid(grid)
         return schedule
@@ -265,7 +279,7 @@ def make_schedule(request: BuildRequest, grid: int, known: PublishedSettings | N
         grid,
         steps=usual_steps if request.steps is None else request.steps,
         repulsion=usual_repulsion if request.repulsion is None else request.repulsion,
-        count=request.orders,
+        count=request.orders or DEFAULT_ORDERS,
         seed=request.seed,
     )
 
@@ -291,7 +305,7 @@ def check_disk_space(out: Path, source: Source) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
         raise UserError(
-            f"the bundle needs {1.1 * needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
+            f"the bundle needs {1.1 * needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB "
             "free: make room, or choose another --out"
         )
 

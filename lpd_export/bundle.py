@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -19,12 +20,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lpd_export.errors import UserError
-from lpd_export.files import sha256
+from lpd_export.files import check_writable, sha256, uninterrupted
 from lpd_export.schedule import Phase, Schedule, phase_table
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SCHEDULE = "schedule.npz"
+FOLDERS = ("onnx", "engines")
+"""With the two files, all that there may be in a bundle."""
+CHECKSUM = "manifest_sha256"
+"""The manifest's entry for a checksum of all its other entries."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +110,25 @@ class Manifest:
                     f"{source} has bundle format {version}, this lpd-export reads format "
                     f"{FORMAT_VERSION}: build the bundle again, or use the version that made it"
                 )
+            if values.pop(CHECKSUM) != _checksum(values):
+                raise UserError(f"{source} was altered after it was built: build the bundle again")
             values["model"] = ModelDescription(**values["model"])
             values["tokenizer"] = TokenizerDescription(**values["tokenizer"])
             values["phases"] = [Phase(**phase) for phase in values["phases"]]
             values["files"] = {k: FileDescription(**v) for k, v in values["files"].items()}
             return cls(**values)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{source} is damaged or is not a bundle's manifest ({error}): build it again"
+                f"{source} is damaged or is not a bundle's manifest: build the bundle again"
             ) from error
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        values = dataclasses.asdict(self)
+        return json.dumps({CHECKSUM: _checksum(values)} | values, indent=1)
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Bundle:
@@ -141,7 +153,7 @@ class Bundle:
         """
         path = Path(path)
         manifest = path / MANIFEST
-        if not path.exists():
+        if not os.path.lexists(path):
             raise UserError(f"there is no bundle {path}; `lpd-export build` makes one")
         if not manifest.is_file():
             raise UserError(
@@ -150,7 +162,8 @@ class Bundle:
         try:
             text = manifest.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {manifest}: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise UserError(f"cannot read {manifest}: {reason}") from error
         return cls(path, Manifest.from_json(text, manifest))
 
     def file(self, name: str) -> Path:
@@ -210,16 +223,24 @@ def check_destination(out: Path, replace: bool) -> None:
     Raises:
         UserError: if something is there that may not be replaced, or the place is not writable.
     """
-    if out.exists() or out.is_symlink():
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out} does not name a folder: give the name that the bundle gets")
+    # os.path.lexists, unlike Path's, takes a name that is too long for one that is not there.
+    if os.path.lexists(out):
         if not replace:
             raise UserError(f"{out} exists: choose another --out, or replace it with --force")
+        if out.is_symlink():
+            raise UserError(f"{out} is a symbolic link: give --out the folder that it leads to")
         if not (out / MANIFEST).is_file():
             raise UserError(f"{out} exists and is not a bundle: --force replaces bundles alone")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise UserError(f"cannot write {out}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {out}: no permission to write in {parent}")
+        # Many programs call a file manifest.json; nothing that is not a build's may be lost.
+        foreign = {path.name for path in out.iterdir()} - {MANIFEST, SCHEDULE, *FOLDERS}
+        if foreign:
+            raise UserError(
+                f"{out} holds {min(foreign)}, which is no part of a bundle: move it away, or "
+                "choose another --out"
+            )
+    check_writable(out.parent)
 
 
 @contextlib.contextmanager
@@ -234,26 +255,41 @@ def new_bundle(out: Path, replace: bool = False) -> Iterator[Path]:
     """
     check_destination(out, replace)
     partial = out.with_name(f".{out.name}.partial")
-    made = [folder for folder in out.absolute().parents if not folder.exists()]
+    made = [folder for folder in out.absolute().parents if not os.path.lexists(folder)]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(partial, out):
+            check_destination(out, replace)  # another build may just have ended
             yield partial
-            if out.exists():
-                replaced = out.with_name(f".{out.name}.replaced")
-                shutil.rmtree(replaced, ignore_errors=True)
-                out.rename(replaced)
-                partial.rename(out)
-                shutil.rmtree(replaced)
-            else:
-                partial.rename(out)
+            with uninterrupted():
+                check_destination(out, replace)  # something may have come there meanwhile
+                _rename(partial, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        # NumPy reports a short write in its own words.
+        reason = error.strerror or f"the disk is full ({error})"
+        raise UserError(f"cannot write {out}: {reason}") from error
     finally:
         if not out.exists():
             for folder in made:
                 with contextlib.suppress(OSError):  # not empty: another process uses it
                     folder.rmdir()
+
+
+def _rename(partial: Path, out: Path) -> None:
+    """Gives a whole bundle its name, in the place of an older one if there is one."""
+    replaced = _replaced(out)
+    if out.exists():
+        out.rename(replaced)
+    try:
+        partial.rename(out)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(out)
+        raise
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
 
 
 @contextlib.contextmanager
@@ -265,11 +301,15 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"another build is writing {out}: wait for it to end") from error
+    leftovers = (partial, _replaced(out))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in leftovers:
+            shutil.rmtree(folder, ignore_errors=True)
         partial.mkdir()
         yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        lock_file.unlink(missing_ok=True)
-        lock.release()
+        with uninterrupted():
+            for folder in leftovers:
+                shutil.rmtree(folder, ignore_errors=True)
+            lock_file.unlink(missing_ok=True)
+            lock.release()

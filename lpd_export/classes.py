@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ ClassNames = list[list[str]]
 IMAGENET_CLASSES = 1000
 NULL_NAME = "none"
 """What a user calls the null condition, where no class has this name."""
+ALL_NAME = "all"
 
 
 def imagenet_names() -> ClassNames:
@@ -42,7 +44,7 @@ def read_names(path: Path, num_classes: int) -> ClassNames:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the class names {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the class names {path} are not JSON: {error}") from error
     names = [[entry] if isinstance(entry, str) else entry for entry in _as_list(entries, path)]
     for label, entry in enumerate(names):
@@ -78,8 +80,9 @@ def resolve_class(text: str | int | None, names: ClassNames, num_classes: int) -
     """
     if text is None:
         return None
-    if isinstance(text, int) or re.fullmatch(r"[+-]?\d+", text.strip()):
-        label = int(text)
+    # Longer numbers are no class of any model, and int() refuses thousands of digits.
+    if not isinstance(text, str) or re.fullmatch(r"[+-]?\d{1,20}", text.strip()):
+        label = int(text) if isinstance(text, str) else operator.index(text)  # NumPy's too
         if not 0 <= label < num_classes:
             raise UserError(f"there is no class {label}: the classes are 0 to {num_classes - 1}")
         return label
@@ -124,7 +127,12 @@ def _shares_word(wanted: str, name: str) -> bool:
 def resolve_classes(
     texts: Sequence[str | int | None], names: ClassNames, num_classes: int
 ) -> list[int | None]:
-    """`resolve_class` of each; the single word "all" is every class in turn."""
-    if list(texts) == ["all"] and not any(_normal("all") in map(_normal, n) for n in names):
-        return list(range(num_classes))
-    return [resolve_class(text, names, num_classes) for text in texts]
+    """`resolve_class` of each; "all" is every class in turn, where no class has this name."""
+    all_means_all = not any(ALL_NAME in map(_normal, entry) for entry in names)
+    labels: list[int | None] = []
+    for text in texts:
+        if all_means_all and isinstance(text, str) and _normal(text) == ALL_NAME:
+            labels += range(num_classes)
+        else:
+            labels.append(resolve_class(text, names, num_classes))
+    return labels

@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,27 @@ from lpd_export.recipe import CHOICES, BuildRequest, read_recipe
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
+DEAF_SECONDS = 1
+"""After a Ctrl-C, so that the next does not stop the cleaning up before it begins."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `lpd-export`; ends the process."""
-    # A polite kill is answered like Ctrl-C, so that nothing half-written stays behind.
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # A polite kill or a closed terminal is answered like Ctrl-C: nothing half-written is left.
+    interrupt = interrupter()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # What nohup or a script's `&` have us ignore stays ignored.
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(number, interrupt)
     try:
         commands.main(arguments, prog_name="lpd-export", standalone_mode=False)
     except UserError as error:
         fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(EXIT_MISTAKE)
     except click.ClickException as error:
         fail(error.format_message().rstrip("."), hint=help_hint(error))
     except Interrupted as stopped:
@@ -44,10 +55,26 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort:
         click.echo("lpd-export: interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of a pipe has gone; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            # Standard output is full or closed: what it still holds cannot go there either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        what = f"use {error.filename}" if error.filename else "write the result"
+        fail(f"cannot {what}: {error.strerror or error}")
+
+
+def interrupter() -> Callable[[int, object], None]:
+    """A signal handler like Python's for Ctrl-C, deaf to those that an impatient user adds."""
+    last = -math.inf
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > DEAF_SECONDS:
+            last = now
+            raise KeyboardInterrupt
+
+    return interrupt
 
 
 def fail(message: str, hint: str = "") -> None:
@@ -270,8 +297,8 @@ def run(
         print_json(result.as_json())
     else:
         click.echo(
-            f"{result.made} images in {result.seconds:.1f} s, written to {request.out}; "
-            f"contact sheet {result.contact_sheet}"
+            f"{result.made} image{'s' * (result.made != 1)} in {result.seconds:.1f} s, written to "
+            f"{request.out}; contact sheet {result.contact_sheet}"
         )
 
 
@@ -329,7 +356,12 @@ def tell_each_tenth() -> Callable[[Any], None]:
 
 @commands.group(cls=CommandGroup)
 def schedule() -> None:
-    """Makes, checks and draws generation schedules."""
+    """Makes, checks and draws generation schedules.
+
+    \b
+    Example:
+      lpd-export schedule make --res 256 --steps 20 --out orders.npz
+    """
 
 
 @schedule.command()
@@ -401,7 +433,8 @@ def check(file: str, steps: int | None, as_json: bool) -> None:
 @click.option("--order", type=int, default=0, show_default=True, help="Which of the orders.")
 @click.option("--out", metavar="FILE.png", required=True)
 @click.option("--force", is_flag=True, help="Replace the file if there is one.")
-def show(file: str, steps: int | None, order: int, out: str, force: bool) -> None:
+@json_option
+def show(file: str, steps: int | None, order: int, out: str, force: bool, as_json: bool) -> None:
     """Draws a schedule: a grid coloured by step, and how the image fills.
 
     \b
@@ -416,7 +449,10 @@ def show(file: str, steps: int | None, order: int, out: str, force: bool) -> Non
     refuse_existing(Path(out), force)
     loaded = Schedule.load(file, steps=steps)
     save_png(np.asarray(draw_schedule(loaded, order)), out)
-    click.echo(out)
+    if as_json:
+        print_json({"file": file, "order": order, "out": out})
+    else:
+        click.echo(out)
 
 
 def refuse_existing(out: Path, force: bool) -> None:

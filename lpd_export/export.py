@@ -181,7 +181,8 @@ def write_models(models: Mapping[str, ir.Model], folder: Path) -> None:
                 assert tensor is not None
                 if tensor.nbytes <= EMBEDDED_BYTES:
                     continue
-                content = np.ascontiguousarray(tensor.numpy())
+                # As bytes: NumPy has no buffers of bfloat16.
+                content = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
                 digest = hashlib.sha256(content.data).digest()
                 if digest not in offsets:
                     file.seek(-file.tell() % ALIGNMENT, io.SEEK_CUR)

@@ -3,7 +3,10 @@
 import contextlib
 import hashlib
 import os
+import signal
+import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from lpd_export.errors import UserError
@@ -28,6 +31,33 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError unless files can be made in the folder `path`, or the folder itself."""
+    # os.path.lexists, unlike Path's, takes a name that is too long for one that is not there.
+    parent = next(
+        folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder)
+    )
+    if not parent.is_dir():
+        raise UserError(f"cannot write {path}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: no permission to write in {parent}")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignores Ctrl-C and a polite kill: cleaning up must not be stopped by a second one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers if number}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def sha256(path: Path) -> str:

@@ -25,7 +25,7 @@ from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.randomness import image_randomness
-from lpd_export.runtime.sampler import Sampling
+from lpd_export.runtime.sampler import Sampling, guide
 from lpd_export.schedule import Schedule, phase_table
 
 GRAPHS = {name: f"onnx/{name}.onnx" for name in ("decode", "detokenize", "tokenize")}
@@ -95,7 +95,7 @@ class Pipeline:
         schedule = opened.schedule()
         opened.file(WEIGHTS)
         files = {name: opened.file(path) for name, path in GRAPHS.items()}
-        executor = OnnxRuntimeExecutor(files, threads)
+        executor = OnnxRuntimeExecutor(files, threads=threads)
         # Loaded now, so that the first image is not slower than the rest.
         for graph in ("decode", "detokenize"):
             executor.session(graph)
@@ -248,6 +248,37 @@ class Pipeline:
         """
         phases = phase_table(self._schedule.group_sizes)
         return Batch(self._executor, self._dimensions, phases, images, guided).steps
+
+    @torch.inference_mode()
+    def teacher_forced_logits(self, images: Sequence[GeneratedImage]) -> torch.Tensor:
+        """Guided logits [B, S, V] float32 of each token of images of this bundle's own schedule.
+
+        In generation order; every step is given the images' tokens, whatever it would have drawn.
+        The images must share their sampling.
+        """
+        sampling, cells = images[0].sampling, self._dimensions.cells
+        orders = self._schedule.orders[[image.order_index for image in images]].astype(np.int64)
+        token_ids = np.stack([image.token_ids for image in images])
+        drawn = torch.from_numpy(np.take_along_axis(token_ids, orders, axis=1))
+        condition = torch.tensor([[self._dimensions.condition_id(i.class_id)] for i in images])
+        context = torch.cat([condition, drawn], dim=1)
+        positions = torch.cat([torch.zeros_like(condition), torch.from_numpy(orders) + 1], dim=1)
+        rows = 2 if sampling.guided else 1
+        scale = sampling.scale(cells).to(self._executor.device)
+        logits = []
+        for step in self.bind_steps(len(images), sampling.guided):
+            first, last = step.phase.write_index, step.phase.write_index + step.phase.tokens
+            step.token_ids.copy_(context[:, first : first + step.phase.context].repeat(rows, 1))
+            step.positions.copy_(positions[:, first:last].repeat(rows, 1))
+            if step.phase.index == 0 and sampling.guided:
+                step.token_ids[len(images) :] = self._dimensions.condition_id(None)
+            step.run()
+            start = step.phase.first_cell
+            raw = step.logits
+            if sampling.guided:
+                raw = guide(raw, scale[start : start + step.phase.queries])
+            logits.append(raw.float().cpu().clone())
+        return torch.cat(logits, dim=1)
 
     def detokenize(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Images [B, 3, height, width], in [-1, 1] up to overshoot, of token ids [B, S].

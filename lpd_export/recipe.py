@@ -36,7 +36,7 @@ class BuildRequest:
     heads: int | None = None
     classes: str | None = None
     schedule: str | None = None
-    orders: int = 64
+    orders: int | None = None
     repulsion: int | None = None
     cfg: float | None = None
     guidance: str = "linear"
@@ -69,7 +69,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the recipe {path}: {reason}") from error
     try:
         entries = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
     types_by_key = field_types()
     settings: dict[str, Any] = {"out": str(path.with_suffix(""))}
@@ -105,7 +105,7 @@ def _checked(key: str, name: str, value: Any, expected: type, where: str) -> Any
         raise UserError(f"{where}: {key} must be {words[expected]}, but it is {value!r}")
     if name in CHOICES and value not in CHOICES[name]:
         raise UserError(f"{where}: {key} must be {' or '.join(CHOICES[name])}, but it is {value!r}")
-    return value
+    return expected(value)
 
 
 def _line_of(key: str, text: str) -> int:

@@ -6,8 +6,11 @@ keeps what it has and can go on. Does not know the command line.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +26,7 @@ from PIL import Image
 from lpd_export.bundle import MANIFEST
 from lpd_export.classes import display_name, resolve_classes
 from lpd_export.errors import Interrupted, UserError
-from lpd_export.files import sha256, write_atomically
+from lpd_export.files import check_writable, sha256, uninterrupted, write_atomically
 from lpd_export.images import contact_sheet, save_png
 from lpd_export.pipeline import Pipeline, Progress
 from lpd_export.runtime.randomness import image_randomness
@@ -35,6 +38,8 @@ SHEET = "contact_sheet.png"
 SHEET_IMAGES = 100
 """The contact sheet shows so many images at most."""
 SHEET_COLUMNS = 10
+MAX_IMAGES = 1_000_000
+"""Of a run; a greater number is a slip of the keyboard."""
 DEFAULT_BATCH = 4
 """Where a CPU has most of what batching gives, without much more memory."""
 
@@ -141,29 +146,34 @@ def generate_images(
         progress=lambda progress: advance(Advance(progress, len(done), len(plan.labels))),
     )
     made_before, token_ids = len(done), []
-    created = create_folder(request.out)
-    report("generating")
+    missing = [f for f in (request.out, *request.out.parents) if not os.path.lexists(f)]
     started = time.monotonic()
     try:
+        create_folder(request.out)
+        report("generating")
         write_records(request.out, done)
         for image in images:
             save_png(image.pixels, request.out / plan.file_name(image.index))
-            done[image.index] = plan.record(image.index)
-            append_record(request.out, done[image.index])
+            record = plan.record(image.index)
+            append_record(request.out, record)
+            done[image.index] = record
             if request.save_tokens:
                 token_ids.append(image.token_ids)
-    except KeyboardInterrupt:
-        if not done:
-            remove_empty(request.out, created)
+        seconds = time.monotonic() - started
+        tokens = save_token_ids(request, token_ids)
+        records = [done[index] for index in sorted(done)]
+        sheet = write_contact_sheet(request.out, records, request.count)
+    except BaseException as error:
+        with uninterrupted():
+            if not done and (missing or not request.resume):
+                take_back([request.out / RECORDS, request.out / plan.file_name(0)], missing)
+        if not done or not isinstance(error, KeyboardInterrupt):
             raise
+        resume = "--resume" + " in place of --save-tokens" * bool(request.save_tokens)
         raise Interrupted(
             f"interrupted: {len(done)} of {len(plan.labels)} images are in {request.out}, the "
-            "same command with --resume makes the rest"
+            f"same command with {resume} makes the rest"
         ) from None
-    seconds = time.monotonic() - started
-    tokens = save_token_ids(request, token_ids)
-    records = [done[index] for index in sorted(done)]
-    sheet = write_contact_sheet(request.out, records, request.count)
     return RunResult(request.out, len(done) - made_before, seconds, records, sheet, tokens)
 
 
@@ -179,23 +189,28 @@ def check_request(request: RunRequest) -> None:
     for option, value in (("--batch", request.batch), ("--threads", request.threads)):
         if value is not None and value < 1:
             raise UserError(f"{option} must be at least 1, but it is {value}")
+    # Far too many end the process inside ONNX Runtime, without a word.
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if request.threads is not None and request.threads > most:
+        raise UserError(f"--threads {request.threads} is more than this machine takes ({most})")
     if request.steps is not None and not request.schedule:
         raise UserError("--steps says how to read a --schedule; alone it has no meaning here")
     check_out(request.out, request.resume)
     if request.save_tokens:
         if request.resume:
             raise UserError("--save-tokens does not go with --resume: the earlier ids are gone")
-        if Path(request.save_tokens).exists():
+        if os.path.lexists(request.save_tokens):
             raise UserError(f"{request.save_tokens} exists: choose another --save-tokens")
-        if not Path(request.save_tokens).absolute().parent.is_dir():
+        folder = Path(request.save_tokens).absolute().parent
+        if folder != request.out.absolute() and not folder.is_dir():
             raise UserError(f"cannot write {request.save_tokens}: its folder does not exist")
+        check_writable(folder)
 
 
 def check_out(out: Path, resume: bool) -> None:
     """Raises UserError unless images can go to `out`: a new or empty folder, or one to resume."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give --out a folder")
-    if out.exists() and any(out.iterdir()):
+    check_writable(out)
+    if os.path.lexists(out) and any(out.iterdir()):
         if not (out / RECORDS).is_file():
             raise UserError(f"{out} exists and is not empty: choose another --out")
         if not resume:
@@ -249,8 +264,8 @@ class ImagePlan:
     def file_name(self, index: int) -> str:
         """Index and class, as in 00003_red-panda.png."""
         name = display_name(self.class_names, self.labels[index])
-        slug = re.sub(r"[^a-z0-9]+", "-", name.casefold()).strip("-")
-        return f"{index:05d}_{slug}.png"
+        slug = re.sub(r"[\W_]+", "-", name.casefold())[:60].strip("-")
+        return f"{index:05d}_{slug or self.labels[index]}.png"
 
 
 def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
@@ -260,6 +275,11 @@ def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
     """
     manifest = pipeline.manifest
     labels = resolve_classes(request.classes, manifest.class_names, manifest.model.num_classes)
+    if len(labels) * request.count > MAX_IMAGES:
+        raise UserError(
+            f"-n {request.count} asks for {len(labels) * request.count} images, a run makes "
+            f"{MAX_IMAGES} at most"
+        )
     schedule = None
     if request.schedule:
         steps = request.steps
@@ -295,25 +315,40 @@ def read_records(out: Path, plan: ImagePlan) -> dict[int, Record]:
     path = out / RECORDS
     if not path.is_file():
         return done
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    *lines, _ = path.read_bytes().split(b"\n")  # a last one that a kill cut short is left out
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             index = record["index"]
-        except (ValueError, KeyError, TypeError):
-            continue  # cut short by a kill; the image is made again
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a record of `lpd-export run`; choose another --out"
+            ) from error
         if not isinstance(index, int) or not 0 <= index < len(plan.labels):
             raise UserError(
                 f"{path}, line {number}: image {index} is not among the {len(plan.labels)} of "
                 "this run; choose another --out"
             )
         check_same(record, plan.record(index), f"{path}, line {number}")
-        if (out / record["file"]).is_file():
+        if is_whole(out / record["file"]):
             done[index] = record
     return done
 
 
+def is_whole(png: Path) -> bool:
+    """Whether an image is there and can be read to its end."""
+    try:
+        with Image.open(png) as picture:
+            picture.load()
+    except (OSError, SyntaxError):  # the latter for a damaged PNG
+        return False
+    return True
+
+
 def check_same(found: Mapping[str, Any], expected: Record, where: str) -> None:
-    for key, value in expected.items():
+    # What follows from other entries goes last, so that the cause is what is named.
+    for key in sorted(expected, key=lambda key: key in ("file", "order", "index")):
+        value = expected[key]
         if key != "bundle" and found.get(key) != value:
             raise UserError(
                 f"{where}: made with {key} {found.get(key)!r}, this run has {value!r}: repeat the "
@@ -323,45 +358,51 @@ def check_same(found: Mapping[str, Any], expected: Record, where: str) -> None:
 
 def write_records(out: Path, done: Mapping[int, Record]) -> None:
     """Starts images.jsonl with what is there, without a line that was cut short."""
+    for leftover in out.glob(".*.tmp"):  # of a file that a kill cut short
+        leftover.unlink()
     lines = [json.dumps(done[index]) + "\n" for index in sorted(done)]
     write_atomically(out / RECORDS, "".join(lines).encode())
 
 
 def append_record(out: Path, record: Record) -> None:
-    with open(out / RECORDS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    path = out / RECORDS
+    size = path.stat().st_size
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 # ------------------------------------------------------------------------------------ files
 
 
-def create_folder(out: Path) -> list[Path]:
-    """Makes a folder and its parents; returns those that were not there, the innermost first."""
-    created = [folder for folder in (out, *out.parents) if not folder.exists()]
+def create_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
-    return created
 
 
-def remove_empty(out: Path, created: list[Path]) -> None:
-    """Takes back a folder that nothing came into."""
-    (out / RECORDS).unlink(missing_ok=True)
-    for folder in created:
-        folder.rmdir()
+def take_back(files: list[Path], folders: list[Path]) -> None:
+    """Removes what a run made that came to nothing."""
+    for file in files:
+        with contextlib.suppress(OSError):  # not made yet
+            file.unlink()
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not made yet, or used by another program
+            folder.rmdir()
 
 
 def save_token_ids(request: RunRequest, token_ids: list[NDArray[np.int64]]) -> Path | None:
     """Writes token ids [images, S] int64, raster order, if they were asked for."""
     if not request.save_tokens:
         return None
-    path = Path(request.save_tokens)
-    try:
-        with open(path, "wb") as file:
-            np.save(file, np.stack(token_ids))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    path, buffer = Path(request.save_tokens), io.BytesIO()
+    np.save(buffer, np.stack(token_ids))
+    write_atomically(path, buffer.getvalue())
     return path
 
 

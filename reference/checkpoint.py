@@ -8,6 +8,8 @@ read with `weights_only=True`, with `argparse.Namespace` (the authors' training 
 from __future__ import annotations
 
 import argparse
+import errno
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -15,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reference.lpd import HEAD_DIM, LPD, LPDConfig
-from reference.vq import VQConfig, VQTokenizer
+from reference.vq import NORM_GROUPS, VQConfig, VQTokenizer
 
 HUB_PREFIX = "hf:"
+HUB_TIMEOUT_SECONDS = 10
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 StateDict = dict[str, Tensor]
@@ -53,7 +55,13 @@ def locate(source: str | Path) -> Path:
 
 def download(source: str) -> Path:
     """The local copy of a hub file, kept in the hub's own cache."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import (
+        HfApi,
+        constants,
+        get_session,
+        hf_hub_download,
+        try_to_load_from_cache,
+    )
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -61,12 +69,16 @@ def download(source: str) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
+    from huggingface_hub.utils import validate_repo_id
 
     parts = source.removeprefix(HUB_PREFIX).split("/", 2)
-    if len(parts) < 2 or not all(parts):
+    if len(parts) < 2 or not all(parts) or ".." in source.split("/"):
         raise CheckpointError(f"{source!r} is not of the form hf:ORG/NAME or hf:ORG/NAME/FILE")
     repository = "/".join(parts[:2])
     try:
+        validate_repo_id(repository)
+        # Asked once: the calls below would ask a hub that is out of reach for half a minute.
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
         if len(parts) == 3:
             file = parts[2]
         else:
@@ -89,6 +101,9 @@ def download(source: str) -> Path:
         raise
     # The HTTP client under huggingface_hub changes with its version, and its errors with it.
     except Exception as error:
+        cached = try_to_load_from_cache(repository, parts[2]) if len(parts) == 3 else None
+        if isinstance(cached, str):
+            return Path(cached)
         raise CheckpointError(f"{unreachable(source)} ({type(error).__name__})") from error
 
 
@@ -120,6 +135,8 @@ def read_state_dict(path: Path) -> StateDict:
     Raises:
         CheckpointError: if the file is truncated, not a checkpoint, or holds more than weights.
     """
+    kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
+    damaged = f"{path} is truncated or is not a {kind}"
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -135,17 +152,22 @@ def read_state_dict(path: Path) -> StateDict:
                 f"{path} holds Python objects other than weights, which could run code, and was "
                 "not loaded"
             ) from error
-        raise CheckpointError(f"{path} is truncated or is not a PyTorch checkpoint") from error
-    except (RuntimeError, EOFError, SafetensorError, KeyError, ValueError) as error:
-        kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
-        raise CheckpointError(f"{path} is truncated or is not a {kind}") from error
+        raise CheckpointError(damaged) from error
     except OSError as error:
+        # In some truncated files PyTorch seeks a place before the start.
+        if error.errno == errno.EINVAL:
+            raise CheckpointError(damaged) from error
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    # On garbage the unpickler fails with whatever its next line raises, IndexError for one.
+    except Exception as error:
+        raise CheckpointError(damaged) from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
-    if not isinstance(content, Mapping) or not content:
+    named_values = content.items() if isinstance(content, Mapping) else ()
+    state = {str(key): value for key, value in named_values if isinstance(value, Tensor)}
+    if not state:
         raise CheckpointError(f"{path} holds no named weights")
-    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return state
 
 
 def shape_of(state: StateDict, key: str, dimensions: int, kind: str) -> torch.Size:
@@ -162,13 +184,9 @@ def shape_of(state: StateDict, key: str, dimensions: int, kind: str) -> torch.Si
 
 
 def count_modules(state: StateDict, prefix: str) -> int:
-    """How many numbered modules follow a prefix: 1 + the greatest number."""
-    numbers = [
-        int(key.removeprefix(prefix).split(".", 1)[0])
-        for key in state
-        if key.startswith(prefix) and key.removeprefix(prefix).split(".", 1)[0].isdecimal()
-    ]
-    return 1 + max(numbers, default=-1)
+    """How many different numbers follow a prefix; gaps then show as missing and unexpected keys."""
+    numbers = {key.removeprefix(prefix).split(".", 1)[0] for key in state if key.startswith(prefix)}
+    return sum(number.isdecimal() for number in numbers)
 
 
 def lpd_config(state: StateDict, heads: int | None = None) -> LPDConfig:
@@ -178,7 +196,7 @@ def lpd_config(state: StateDict, heads: int | None = None) -> LPDConfig:
     vocab_size = shape_of(state, "token_emb.weight", 2, kind)[0]
     cells = shape_of(state, "pos_embed", 3, kind)[1] - 1
     mlp_dim = shape_of(state, "blocks.0.mlp.fc1.weight", 2, kind)[0]
-    grid = round(cells**0.5)
+    grid = math.isqrt(max(cells, 0))
     if cells < 1 or grid * grid != cells:
         raise CheckpointError(
             f"not {kind}: pos_embed has {cells + 1} rows, which is not 1 + a square grid"
@@ -204,6 +222,8 @@ def vq_config(state: StateDict) -> VQConfig:
         shape_of(state, f"encoder.conv_blocks.{level}.res.0.conv1.weight", 4, kind)[0]
         for level in range(max(1, count_modules(state, "encoder.conv_blocks.")))
     ]
+    if channels < 1 or channels % NORM_GROUPS:
+        raise CheckpointError(f"not {kind}: {channels} channels, not a multiple of {NORM_GROUPS}")
     if any(width % channels for width in widths):
         raise CheckpointError(f"not {kind}: widths {widths} are not multiples of {channels}")
     codebook_size, codebook_dim = shape_of(state, "quantize.embedding.weight", 2, kind)
@@ -255,7 +275,8 @@ def fill(model: nn.Module, state: StateDict, ignored: frozenset[str], kind: str)
 
 
 def named(error: CheckpointError, source: str | Path) -> CheckpointError:
-    return CheckpointError(f"{source} is {error}" if str(error).startswith("not ") else str(error))
+    link = " is " if str(error).startswith("not ") else ": "
+    return CheckpointError(f"{source}{link}{error}")
 
 
 def load_lpd(source: str | Path, *, grid: int | None = None, heads: int | None = None) -> LPD:

@@ -16,6 +16,9 @@ from reference.lpd import LPD
 
 GuidanceSchedule = Literal["constant", "linear"]
 
+BANDS = 32
+"""Bands of probability in which tokens are laid out for drawing; the last holds all the rest."""
+
 
 class Generation(NamedTuple):
     """What `generate` returns."""
@@ -43,7 +46,7 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ranked, index = logits.sort(dim=-1, descending=True, stable=True)
         probability = ranked.softmax(dim=-1)
         # An entry stays while the ones before it have not yet reached p: so the first always does.
@@ -54,10 +57,19 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids [...] by inverse transform sampling: logits [..., V] at uniform [...]."""
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    """Token ids [...] by inverse transform sampling: logits [..., V] at uniform [...] in [0, 1).
+
+    Tokens are laid out along [0, 1) in bands, the most probable first: band k holds those k to
+    k + 1 nats below the best. Within a band they are laid out by id. In order of id alone, the
+    borders of thousands of tiny intervals would move with every rounding error before them, and
+    two implementations would soon draw different tokens.
+    """
+    depth = logits.amax(dim=-1, keepdim=True) - logits
+    layout = depth.clamp(max=BANDS - 1).floor().argsort(dim=-1, stable=True)
+    cumulative = logits.double().softmax(dim=-1).gather(-1, layout).cumsum(dim=-1)
     target = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    place = torch.searchsorted(cumulative, target, right=True)
+    return layout.gather(-1, place).squeeze(-1)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -24,7 +25,21 @@ class Executor(Protocol):
 
     @property
     def float_type(self) -> torch.dtype:
-        """The type of the graphs' float inputs and outputs."""
+        """The type of the graphs' float inputs and outputs, all but the logits (float32)."""
+
+    @property
+    def records(self) -> bool:
+        """Whether `record` gives a recording; work that is replayed cannot tell its progress."""
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Inside, tensor operations and bound graphs are launched in order of one stream."""
+
+    def record(self, work: Run) -> Run:
+        """A call that repeats all that `work` launches on the device, in one launch.
+
+        `work` must look at no value and always use the same tensors. Where the device has no
+        recordings this is `work` itself.
+        """
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         """A call that runs `graph` once over these very tensors, inputs and outputs by name.

@@ -10,6 +10,7 @@ Shapes: B images, R rows (B, or 2B with guidance: conditional rows, then null ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -88,16 +89,19 @@ class Generator:
         if self._batch is None or (self._batch.size, self._batch.guided) != (size, guided):
             self._batch = None  # frees the caches before there are others
             self._batch = Batch(self._executor, self._dimensions, self._phases, size, guided)
-        self._batch.load(labels, orders, uniform, sampling.scale(self._dimensions.cells))
-        token_ids, images = self._batch.run(sampling, on_step)
-        # One look at the device an image, after everything has been launched.
-        for step, finite in enumerate(self._batch.finite.tolist()):
-            if not finite:
+        batch = self._batch
+        with self._executor.stream():
+            batch.load(labels, orders, uniform, sampling.scale(self._dimensions.cells))
+            batch.run(sampling, on_step)
+            # The only look at the device, after everything has been launched.
+            finite = batch.finite.tolist()
+        for step, is_finite in enumerate(finite):
+            if not is_finite:
                 raise UserError(
-                    f"the logits of step {step} are NaN or infinite: the weights or the precision "
-                    "of this bundle are broken"
+                    f"the logits of step {step} are NaN or infinite: cfg {sampling.cfg:g} is too "
+                    "large, or the weights or the precision of this bundle are broken"
                 )
-        return token_ids, images
+        return batch.token_ids, batch.images
 
 
 class Batch:
@@ -136,11 +140,15 @@ class Batch:
         }
         # One buffer for all steps' logits: only the current step's are ever needed.
         most_queries = max(phase.queries for phase in phases)
-        all_logits = floats(rows * most_queries * dimensions.vocab_size)
+        all_logits = torch.zeros(
+            rows * most_queries * dimensions.vocab_size, dtype=torch.float32, device=device
+        )
         self.steps = [
             self._bind_step(phase, rows, caches, all_logits, integers) for phase in phases
         ]
-        self._bind_detokenize(floats)
+        side = dimensions.image_size
+        self.images = floats(size, 3, side, side)
+        self._recordings: dict[tuple[float, int | None, float | None], Run] = {}
 
     def _bind_step(
         self,
@@ -168,12 +176,12 @@ class Batch:
         run = self._executor.bind("decode", tensors)
         return Step(phase, token_ids, positions, logits, run)
 
-    def _bind_detokenize(self, floats: Callable[..., Tensor]) -> None:
-        side = self._dimensions.image_size
-        self.images = floats(self.size, 3, side, side)
+    @cached_property
+    def detokenize(self) -> list[Run]:
+        """The decoder, bound from `token_ids` to `images`; not needed for single steps."""
         # A CPU gains nothing from decoding images together, and would hold all their activations.
         chunk = 1 if self._executor.device.type == "cpu" else self.size
-        self.detokenize = [
+        return [
             self._executor.bind("detokenize", {"indices": indices, "image": images})
             for indices, images in zip(
                 self.token_ids.split(chunk), self.images.split(chunk), strict=True
@@ -193,8 +201,20 @@ class Batch:
         self.steps[0].token_ids.copy_(torch.tensor(conditions).unsqueeze(1))
 
     @torch.inference_mode()
-    def run(self, sampling: Sampling, on_step: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        """Generates from the loaded inputs."""
+    def run(self, sampling: Sampling, on_step: Callable[[int], None]) -> None:
+        """Generates `token_ids` and `images` from the loaded inputs."""
+        if not self._executor.records:
+            self._launch(sampling, on_step)
+            return
+        # Guidance is in a buffer; these are constants of the launched operations.
+        fixed = sampling.temperature, sampling.top_k, sampling.top_p
+        if fixed not in self._recordings:
+            work = partial(self._launch, sampling, lambda step: None)
+            self._recordings[fixed] = self._executor.record(work)
+        self._recordings[fixed]()
+        on_step(len(self.steps))
+
+    def _launch(self, sampling: Sampling, on_step: Callable[[int], None]) -> None:
         sequence = torch.cat([torch.zeros_like(self.orders[:, :1]), self.orders + 1], dim=1)
         for number, step in enumerate(self.steps):
             phase = step.phase
@@ -211,7 +231,6 @@ class Batch:
             on_step(number + 1)
         for run in self.detokenize:
             run()
-        return self.token_ids, self.images
 
     def _copy_to_rows(self, rows: Tensor, images: Tensor) -> None:
         """Copies [B, n] into the rows of each image, conditional and null."""

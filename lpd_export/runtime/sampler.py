@@ -17,6 +17,9 @@ from lpd_export.errors import UserError
 GuidanceSchedule = Literal["constant", "linear"]
 GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
 
+BANDS = 32
+"""Bands of probability, a factor of e each, in which tokens are laid out; the last has the rest."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -73,15 +76,31 @@ def guide(logits: Tensor, scale: Tensor) -> Tensor:
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Token ids [B, Q] int64: the inverse of the filtered distribution's CDF at uniform [B, Q].
 
-    logits: [B, Q, V], after guidance. Summed in float64, so that rounding picks no token of
-    probability 0 and backends agree.
+    logits: [B, Q, V], after guidance. uniform: float64 in [0, 1).
+
+    Tokens are laid out along [0, 1) in bands of probability and by id within a band (see
+    `reference.generate.draw`), so that backends whose logits differ by rounding draw the same.
+    The band is found first, then the token in it: a sort would take longer than all the rest.
     """
     kept = _filter(logits.float() / sampling.temperature, sampling)
-    cumulative = kept.double().softmax(dim=-1).cumsum(dim=-1)
-    target = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    # NaN sorts behind everything: the caller reports it, the next lookup must survive it.
-    return drawn.clamp_(max=logits.shape[-1] - 1)
+    depth = kept.amax(dim=-1, keepdim=True) - kept
+    # NaN has no band, but must not break this lookup or the next: the caller reports it.
+    band = depth.nan_to_num(nan=0.0).clamp_(max=BANDS - 1).long()
+    weight = depth.double().neg_().exp_()
+    mass = weight.new_zeros(*weight.shape[:-1], BANDS).scatter_add_(-1, band, weight)
+    chosen, rest = _invert(mass, uniform.unsqueeze(-1))
+    within = torch.where(band == chosen, weight, 0.0)
+    return _invert(within, rest)[0].squeeze(-1)
+
+
+def _invert(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Where uniform [..., 1] falls among weights [..., N], and how far into it, in [0, 1)."""
+    cumulative = weight.cumsum(dim=-1)
+    target = uniform * cumulative[..., -1:]
+    place = torch.searchsorted(cumulative, target, right=True).clamp_(max=weight.shape[-1] - 1)
+    size = weight.gather(-1, place)
+    into = (target - (cumulative.gather(-1, place) - size)) / size
+    return place, into.clamp_(0, 1 - 2**-53)
 
 
 def _filter(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -1,0 +1,144 @@
+"""Times a full-size bundle against the eager PyTorch reference, in one process.
+
+    python scripts/benchmark.py
+    python scripts/benchmark.py --model lpd-xl --res 512 --runs 3
+
+Weights are random: what is computed is the same, and no checkpoint has to be fetched. The bundle
+is built on the first call and kept. Eager and bundle take turns, so that a machine whose speed
+drifts is fair to both; medians and the ratios of each pair are printed. Peak memory is that of a
+process of its own which only opens the bundle and generates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+import onnxruntime
+import torch
+
+from lpd_export import Pipeline
+from lpd_export.build import build
+from lpd_export.recipe import BuildRequest
+from lpd_export.runtime.randomness import image_randomness
+from reference import LPD, PUBLISHED_MODELS, LPDConfig, VQConfig, VQTokenizer, generate
+
+SEED = 0
+GENERATE_ONCE = """
+import sys
+from lpd_export import Pipeline
+Pipeline.open(sys.argv[1]).generate([0] * int(sys.argv[2]), batch=int(sys.argv[2]))
+"""
+
+
+@click.command()
+@click.option("--model", default="lpd-l", show_default=True)
+@click.option("--res", default=256, show_default=True)
+@click.option("--runs", default=5, show_default=True, help="Timed pairs; one more warms up.")
+@click.option("--batch", "batches", type=int, multiple=True, default=(1, 4), show_default=True)
+@click.option("--folder", default="engines", show_default=True, help="Where the bundle is kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
+def main(
+    model: str, res: int, runs: int, batches: tuple[int, ...], folder: str, as_json: bool
+) -> None:
+    """Times a full-size bundle with random weights against the eager reference."""
+
+    def say(line: str) -> None:
+        click.echo(line, err=as_json)
+
+    bundle = Path(folder) / f"benchmark-{model}-{res}-fp32"
+    if not bundle.exists():
+        request = BuildRequest(
+            model=model, res=res, random_weights=True, seed=SEED, out=str(bundle)
+        )
+        build(request, report=say)
+    pipeline = Pipeline.open(bundle)
+    manifest = pipeline.manifest
+    say(
+        f"{model}, {res} px, {len(manifest.phases)} steps, cfg {manifest.cfg:g}, fp32, "
+        f"{os.cpu_count()} CPUs, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
+    )
+    lpd, tokenizer = reference_models(model, manifest.model.grid)
+    results = []
+    for batch in batches:
+        pairs = [
+            (
+                seconds(partial(run_eager, lpd, tokenizer, pipeline, batch)),
+                seconds(partial(pipeline.generate, [0] * batch, seed=SEED, batch=batch)),
+            )
+            for _ in range(runs + 1)
+        ][1:]
+        memory = peak_memory(bundle, batch)
+        result = {
+            "batch": batch,
+            "eager_seconds": statistics.median(eager for eager, _ in pairs),
+            "bundle_seconds": statistics.median(ours for _, ours in pairs),
+            "ratio": statistics.median(eager / ours for eager, ours in pairs),
+            "bundle_seconds_an_image": statistics.median(ours for _, ours in pairs) / batch,
+            "peak_memory_gb": memory / 1e9,
+        }
+        results.append(result)
+        say(
+            f"batch {batch}: eager {result['eager_seconds']:.2f} s, "
+            f"bundle {result['bundle_seconds']:.2f} s "
+            f"({result['bundle_seconds_an_image']:.2f} s an image), "
+            f"{result['ratio']:.2f} times faster, peak memory {result['peak_memory_gb']:.2f} GB"
+        )
+    if as_json:
+        machine = {"processor": platform.processor(), "cpus": os.cpu_count()}
+        click.echo(json.dumps({"model": model, "res": res, **machine, "results": results}))
+
+
+def reference_models(model: str, grid: int) -> tuple[LPD, VQTokenizer]:
+    """The reference with the bundle's random weights."""
+    lpd = LPD(LPDConfig(**PUBLISHED_MODELS[model], grid=grid)).initialize(SEED)
+    tokenizer = VQTokenizer(VQConfig()).initialize(SEED)
+    return lpd.requires_grad_(False).eval(), tokenizer.requires_grad_(False).eval()
+
+
+def run_eager(lpd: LPD, tokenizer: VQTokenizer, pipeline: Pipeline, batch: int) -> None:
+    """The same images as the bundle's, with the reference, decoded to pixels."""
+    schedule = pipeline.choose_schedule(None)
+    chances = [image_randomness(SEED, i, schedule.cells, schedule.count) for i in range(batch)]
+    orders = np.stack([schedule.orders[chance.order_index] for chance in chances])
+    with torch.inference_mode():
+        generation = generate(
+            lpd,
+            torch.zeros(batch, dtype=torch.int64),
+            torch.from_numpy(orders.astype(np.int64)),
+            schedule.group_sizes.tolist(),
+            torch.from_numpy(np.stack([chance.uniform for chance in chances])),
+            cfg=pipeline.manifest.cfg,
+            guidance=pipeline.sampling().guidance,
+        )
+        tokenizer.decode(generation.token_ids)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def peak_memory(bundle: Path, batch: int) -> int:
+    """Bytes resident at most in a process that opens the bundle and generates one batch."""
+    command = [sys.executable, "-c", GENERATE_ONCE, str(bundle), str(batch)]
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"the process that measures memory failed with status {status}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""`lpd-export` as a user runs it: in a process of its own, or faster in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from lpd_export.cli import main
+
+COMMAND = Path(sys.executable).with_name("lpd-export")
+
+
+class Answer(NamedTuple):
+    """What a command said and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def answer(*arguments: object) -> Answer:
+    """Runs a command in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def mistake(*arguments: object) -> str:
+    """The one sentence that answers a wrong command."""
+    return sentence(answer(*arguments))
+
+
+def sentence(said: Answer) -> str:
+    """The error of an answer, which must be one line, the last one, with exit code 2."""
+    assert said.code == 2, said
+    assert said.out == ""
+    *before, last = said.err.splitlines()
+    assert last.startswith("lpd-export: error: ")
+    assert not any("error" in line or "Traceback" in line for line in before), said.err
+    return last.removeprefix("lpd-export: error: ")
+
+
+def start(*arguments: object, **settings: object) -> subprocess.Popen[str]:
+    """A command in a process of its own, its standard error to be read line by line."""
+    return subprocess.Popen(
+        [str(COMMAND), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # The number of terminal columns must not change what a test sees.
+        env={**os.environ, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"},
+        **settings,  # type: ignore[call-overload]
+    )
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> None:
+    """Reads standard error up to the line that begins with these words."""
+    assert process.stderr is not None
+    read = []
+    for line in process.stderr:
+        read.append(line)
+        if line.startswith(words):
+            return
+    raise AssertionError(f"{words!r} was never said: {''.join(read)}")
+
+
+def end(process: subprocess.Popen[str]) -> Answer:
+    out, err = process.communicate(timeout=60)
+    return Answer(process.returncode, out, err)
+
+
+def entries(folder: Path) -> list[str]:
+    """Everything in a folder, hidden files too, as relative paths."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))

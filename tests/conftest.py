@@ -1,0 +1,58 @@
+"""Bundles that several test files use, built once a test session."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpd_export.build import build
+from lpd_export.recipe import BuildRequest, read_recipe
+from reference import LPD, VQTokenizer
+from reference.lpd import LPDConfig
+from reference.vq import VQConfig
+
+DEMO_RECIPE = Path(__file__).parent.parent / "engines" / "demo.toml"
+SMALL_NAMES = [["red panda", "firefox"], "ice-cream", "crane", ["Crane", "bird"], "monkey-face"]
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of engines/demo.toml; shared, so leave it as it is."""
+    out = tmp_path_factory.mktemp("engines") / "demo"
+    return build(BuildRequest(**read_recipe(DEMO_RECIPE) | {"out": str(out)}))
+
+
+@pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of lpd.pth (a 4x4 grid, 5 classes), vq.pt (16 px) and classes.json; leave it be."""
+    folder = tmp_path_factory.mktemp("weights")
+    model = LPD(LPDConfig(dim=64, depth=2, heads=1, grid=4, num_classes=5, vocab_size=64))
+    torch.save({"model": model.initialize(0).state_dict()}, folder / "lpd.pth")
+    tokenizer = VQTokenizer(
+        VQConfig(
+            channels=32,
+            channel_multipliers=(1, 1, 2),
+            num_res_blocks=1,
+            z_channels=32,
+            codebook_size=64,
+        )
+    )
+    torch.save({"model": tokenizer.initialize(0).state_dict()}, folder / "vq.pt")
+    (folder / "classes.json").write_text(json.dumps(SMALL_NAMES))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of `small_weights` in 4 steps; shared, so leave it as it is."""
+    return build(
+        BuildRequest(
+            checkpoint=str(small_weights / "lpd.pth"),
+            tokenizer=str(small_weights / "vq.pt"),
+            steps=4,
+            out=str(tmp_path_factory.mktemp("engines") / "small"),
+        )
+    )
