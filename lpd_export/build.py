@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 import lpd_export
-from lpd_export import classes, export
+from lpd_export import classes, engine, export
 from lpd_export.bundle import (
     FORMAT_VERSION,
+    GRAPH_NAMES,
     MANIFEST,
     SCHEDULE,
     Manifest,
@@ -35,9 +36,13 @@ from lpd_export.bundle import (
     describe_files,
     new_bundle,
 )
+from lpd_export.doctor import can_build
+from lpd_export.engine import Progress
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
+from lpd_export.machine import read_memory
 from lpd_export.pipeline import Pipeline
+from lpd_export.precision import PrecisionWriter, compute_precision
 from lpd_export.published import (
     NUM_CLASSES,
     TOKENIZER,
@@ -45,7 +50,8 @@ from lpd_export.published import (
     PublishedSettings,
     published_settings,
 )
-from lpd_export.recipe import BuildRequest
+from lpd_export.recipe import ENGINE_FIELDS, BuildRequest
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.schedule import Phase, Schedule, phase_table
 from reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
 from reference.lpd import LPD, PUBLISHED_MODELS, LPDConfig
@@ -58,8 +64,16 @@ DEFAULT_RESOLUTION = 256
 DEFAULT_ORDERS = 64
 DEFAULT_CFG = 3.0
 """Guidance recommended for a model without published settings, unless --cfg says otherwise."""
-CHECK_TOLERANCE = 1e-3
-"""How far a written graph may be from the reference, of the output's largest magnitude."""
+DEFAULT_MAX_BATCH = 8
+"""The largest batch that engines are built for, unless --max-batch says otherwise."""
+EXTRA_MEMORY_FP32, EXTRA_MEMORY = 1.5, 3.5
+"""What a build takes besides the loaded model, in sizes of its weights: lpd-l, 256 px, measured."""
+CHECK_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.3}
+"""How far a graph may be from the reference, of the output's largest magnitude.
+
+These catch a wrong graph; how close a precision is, is measured where it is decided.
+"""
+FLOAT_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Source(NamedTuple):
@@ -93,10 +107,17 @@ class Settings:
         return 1 if self.cfg == 1.0 else 2
 
 
-def build(request: BuildRequest, report: Report = lambda stage: None) -> Path:
+def build(
+    request: BuildRequest,
+    report: Report = lambda stage: None,
+    progress: Progress | None = None,
+) -> Path:
     """Makes the bundle that a request asks for and returns its folder.
 
-    `report` is called with a line at the start of each stage.
+    Args:
+        request: what to build.
+        report: called with a line at the start of each stage.
+        progress: called while TensorRT builds, with its stage, the steps done, and all steps.
 
     Raises:
         UserError: if the request cannot be met; nothing is then left on disk.
@@ -106,20 +127,31 @@ def build(request: BuildRequest, report: Report = lambda stage: None) -> Path:
         check_destination(Path(request.out), request.force)
     source = load(request, report)
     settings = settle(request, source)
-    check_disk_space(settings.out, source)
+    check_room(request, settings.out, source)
     with new_bundle(settings.out, replace=request.force) as folder:
         check = reference_check(source, settings)
         manifest = describe(request, source, settings)
         settings.schedule.save(folder / SCHEDULE)
-        write_graphs(folder / "onnx", source, settings, report)
+        onnx_folder, exact = folder / "onnx", folder / "exact"
+        write_exact_graphs(exact, source, report)
         # Weights twice in memory are enough: the reference goes before the graphs are loaded.
         del source
         gc.collect()
+        if request.precision == "fp32":
+            exact.rename(onnx_folder)
+        else:
+            writer = PrecisionWriter(exact, folder / "scratch", manifest, settings.schedule)
+            decided = writer.write(onnx_folder, report)
+            manifest = dataclasses.replace(manifest, calibration=decided)
+            shutil.rmtree(exact)
+        write_phases(onnx_folder, settings, report)
+        compare_with_reference(onnx_folder, manifest, settings, check, report)
+        if request.backend != "onnxruntime":
+            engines = compile_engines(folder, request, settings, report, progress)
+            manifest = dataclasses.replace(manifest, engines=engines)
         report("taking checksums")
         manifest = dataclasses.replace(manifest, files=describe_files(folder))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        report("comparing the bundle with the reference")
-        compare_with_reference(folder, check)
     return settings.out
 
 
@@ -128,12 +160,13 @@ def build(request: BuildRequest, report: Report = lambda stage: None) -> Path:
 
 def check_request(request: BuildRequest) -> None:
     """Raises UserError for what contradicts itself or cannot be built by this version."""
-    if request.backend != "onnxruntime":
-        raise UserError(
-            f"this version builds no {request.backend} engines: use --backend onnxruntime"
-        )
-    if request.precision != "fp32":
-        raise UserError(f"this version builds no {request.precision} bundles: use --precision fp32")
+    if request.backend == "onnxruntime":
+        refuse_engine_options(request)
+    else:
+        engine_options(request)
+    why_not = can_build(request.precision, request.backend)
+    if why_not:
+        raise UserError(f"cannot build {request.precision} for {request.backend} here: {why_not}")
     if request.model is not None and request.model not in PUBLISHED_MODELS:
         known = ", ".join(PUBLISHED_MODELS)
         raise UserError(f"there is no model {request.model!r}: the published ones are {known}")
@@ -161,6 +194,16 @@ def check_request(request: BuildRequest) -> None:
             "say what to build: --res 256 (the published lpd-l), --checkpoint FILE --tokenizer "
             "FILE, or a recipe such as engines/demo.toml"
         )
+
+
+def refuse_engine_options(request: BuildRequest) -> None:
+    """Raises UserError for options of engines where none is built."""
+    for field in ENGINE_FIELDS:
+        if getattr(request, field):
+            raise UserError(
+                f"--{field.replace('_', '-')} is for engines: it needs --backend tensorrt or "
+                "tensorrt-rtx"
+            )
 
 
 def load(request: BuildRequest, report: Report) -> Source:
@@ -296,16 +339,25 @@ def find_class_names(
     return classes.imagenet_names() if num_classes == classes.IMAGENET_CLASSES else []
 
 
-def check_disk_space(out: Path, source: Source) -> None:
-    """Raises UserError unless the bundle will fit where it is to be written."""
-    needed = sum(
+def check_room(request: BuildRequest, out: Path, source: Source) -> None:
+    """Raises UserError unless the build will fit in memory and on the disk."""
+    weights = sum(
         weight.nbytes for model in (source.model, source.tokenizer) for weight in model.parameters()
     )
+    plain = request.precision == "fp32" and request.backend == "onnxruntime"
+    memory = int((EXTRA_MEMORY_FP32 if plain else EXTRA_MEMORY) * weights)
+    free_memory = read_memory().free
+    if free_memory is not None and free_memory < memory:
+        raise UserError(
+            f"this build needs about {memory / 1e9:.1f} GB more memory and {free_memory / 1e9:.1f} "
+            "GB are free: end other programs, or use a larger machine"
+        )
+    needed = (1.1 if plain else 3.2) * weights
     folder = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(folder).free
-    if free < 1.1 * needed:
+    if free < needed:
         raise UserError(
-            f"the bundle needs {1.1 * needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB "
+            f"the build needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB "
             "free: make room, or choose another --out"
         )
 
@@ -313,8 +365,8 @@ def check_disk_space(out: Path, source: Source) -> None:
 # ------------------------------------------------------------------------------- the graphs
 
 
-def write_graphs(folder: Path, source: Source, settings: Settings, report: Report) -> None:
-    """Writes and checks every ONNX file of a bundle, in a folder of their own."""
+def write_exact_graphs(folder: Path, source: Source, report: Report) -> None:
+    """Writes the graphs in FP32."""
     grid = source.model.config.grid
     folder.mkdir()
     report("exporting decode.onnx")
@@ -324,12 +376,80 @@ def write_graphs(folder: Path, source: Source, settings: Settings, report: Repor
     models["tokenize"] = export.export_tokenize(source.tokenizer, grid)
     report("writing weights")
     export.write_models(models, folder)
-    del models
+
+
+def write_phases(folder: Path, settings: Settings, report: Report) -> None:
+    """Writes the static phases beside decode.onnx, and checks every ONNX file."""
     report(f"writing {len(settings.phases)} static phases")
     export.write_phases(folder, settings.phases, settings.phase_rows)
     report("checking the ONNX files")
     for path in sorted(folder.glob("*.onnx")):
         export.check_model(path)
+
+
+def compile_engines(
+    folder: Path,
+    request: BuildRequest,
+    settings: Settings,
+    report: Report,
+    progress: Progress | None,
+) -> dict[str, dict[str, Any]]:
+    """Compiles every graph to `engines/`, with the builder's logs; returns what they became."""
+    options = engine_options(request)
+    engines: dict[str, dict[str, Any]] = {}
+    (folder / "engines").mkdir()
+    max_batch = request.max_batch or DEFAULT_MAX_BATCH
+    for graph in GRAPH_NAMES:
+        report(f"compiling {graph} for {request.backend}")
+        profiles = (
+            engine.decode_profiles(settings.phases, max_batch)
+            if graph == "decode"
+            else engine.tokenizer_profiles(max_batch)
+        )
+        log = folder / "engines" / f"{graph}.log"
+        compiled = engine.compile_graph(
+            folder / "onnx" / f"{graph}.onnx",
+            graph,
+            profiles,
+            options,
+            log,
+            progress or (lambda stage, step, steps: None),
+        )
+        (folder / "engines" / f"{graph}.engine").write_bytes(compiled.serialized)
+        for note in compiled.report.notes:
+            report(note)
+        engines[graph] = {
+            **dataclasses.asdict(compiled.report),
+            "weight_stripped": options.weight_stripped,
+            "tensors": {
+                name: "x".join(map(str, shape))
+                for name, shape in export.load_shapes(folder / "onnx" / f"{graph}.onnx").items()
+                if not name.startswith(("past_", "present_"))
+            },
+            "optimization_profiles": [
+                {axis: dataclasses.astuple(ends) for axis, ends in profile.items()}
+                for profile in profiles
+            ],
+        }
+    return engines
+
+
+def engine_options(request: BuildRequest) -> engine.EngineOptions:
+    """The engine options of a request.
+
+    Raises:
+        UserError: for an option that the backend has not.
+    """
+    return engine.EngineOptions(
+        backend=request.backend,
+        workspace_mib=request.workspace,
+        optimization_level=request.optimization_level,
+        timing_cache=Path(request.timing_cache) if request.timing_cache else None,
+        version_compatible=request.version_compatible,
+        hardware_compatible=request.hardware_compatible,
+        compute_capabilities=tuple(request.compute_capability),
+        weight_stripped=request.weight_stripped,
+    )
 
 
 class CheckStep(NamedTuple):
@@ -374,22 +494,37 @@ def reference_check(source: Source, settings: Settings) -> Check:
     return Check(steps, indices, tokenizer.decode(indices))
 
 
-def compare_with_reference(folder: Path, check: Check) -> None:
-    """Opens a written bundle and raises UserError if it computes something else."""
-    pipeline = Pipeline.open(folder)
+def compare_with_reference(
+    folder: Path, manifest: Manifest, settings: Settings, check: Check, report: Report
+) -> None:
+    """Runs written graphs and raises UserError if they compute something else.
+
+    ONNX Runtime's CPU runs them, whatever backend they are for; where it cannot, this is said.
+    """
+    tolerance = CHECK_TOLERANCES.get(manifest.precision)
+    signed = manifest.precision == "int8" and manifest.backend != "onnxruntime"
+    if tolerance is None or signed:
+        report(
+            f"not compared with the reference: no CPU runs {manifest.precision} graphs like these"
+        )
+        return
+    report("comparing the graphs with the reference")
+    files = {graph: folder / f"{graph}.onnx" for graph in GRAPH_NAMES}
+    executor = OnnxRuntimeExecutor(files, getattr(torch, manifest.float_type))
+    pipeline = Pipeline(manifest, settings.schedule, executor)
     steps = pipeline.bind_steps(images=1, guided=True)
     for number, (step, expected) in enumerate(zip(steps, check.steps, strict=False)):
         step.token_ids.copy_(expected.token_ids)
         step.positions.copy_(expected.positions)
         step.run()
-        check_close(f"the logits of step {number}", step.logits, expected.logits)
+        check_close(f"the logits of step {number}", step.logits, expected.logits, tolerance)
     image = torch.from_numpy(pipeline.detokenize(check.indices.numpy()))
-    check_close("the decoded image", image, check.image)
+    check_close("the decoded image", image, check.image, tolerance)
 
 
-def check_close(what: str, actual: Tensor, expected: Tensor) -> None:
+def check_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
     worst, magnitude = (actual - expected).abs().max().item(), expected.abs().max().item()
-    if not worst <= CHECK_TOLERANCE * max(1.0, magnitude):
+    if not worst <= tolerance * max(1.0, magnitude):
         raise UserError(
             f"the bundle was not written: {what} differ from the reference's by {worst:.2g} (of "
             f"{magnitude:.2g}); please report this with your versions of torch and onnxruntime"
@@ -426,18 +561,28 @@ def describe(request: BuildRequest, source: Source, settings: Settings) -> Manif
         ),
         resolution=source.resolution,
         precision=request.precision,
+        float_type=FLOAT_TYPES[compute_precision(request.precision, request.backend)],
         backend=request.backend,
-        backend_version=onnxruntime.__version__,
-        target_compute_capabilities=[],
-        max_batch=request.max_batch,
+        backend_version=backend_version(request.backend),
+        target_compute_capabilities=list(request.compute_capability),
+        max_batch=request.max_batch
+        or (None if request.backend == "onnxruntime" else DEFAULT_MAX_BATCH),
         phases=list(settings.phases),
         phase_rows=settings.phase_rows,
         cfg=settings.cfg,
         guidance=request.guidance,
+        calibration={},
+        engines={},
         class_names=settings.class_names,
         made=describe_making(request, source),
         files={},
     )
+
+
+def backend_version(backend: str) -> str:
+    if backend == "onnxruntime":
+        return str(onnxruntime.__version__)
+    return str(engine.load_tensorrt(backend).__version__)
 
 
 def describe_making(request: BuildRequest, source: Source) -> dict[str, Any]:

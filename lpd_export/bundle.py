@@ -26,6 +26,7 @@ from lpd_export.schedule import Phase, Schedule, phase_table
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SCHEDULE = "schedule.npz"
+GRAPH_NAMES = ("decode", "detokenize", "tokenize")
 FOLDERS = ("onnx", "engines")
 """With the two files, all that there may be in a bundle."""
 CHECKSUM = "manifest_sha256"
@@ -78,6 +79,8 @@ class Manifest:
     resolution: int
     """Pixels of an image's side."""
     precision: str
+    float_type: str
+    """Of the graphs' float inputs and outputs, as torch names it."""
     backend: str
     backend_version: str
     target_compute_capabilities: list[str]
@@ -88,6 +91,10 @@ class Manifest:
     """R of the static phase files."""
     cfg: float
     guidance: str
+    calibration: dict[str, Any]
+    """What was measured and decided of a precision other than fp32."""
+    engines: dict[str, dict[str, Any]]
+    """What each TensorRT engine is, by graph."""
     class_names: list[list[str]]
     """For each class what it is called, the name to show first; empty if nothing is known."""
     made: dict[str, Any]
@@ -121,6 +128,14 @@ class Manifest:
             raise UserError(
                 f"{source} is damaged or is not a bundle's manifest: build the bundle again"
             ) from error
+
+    def buffer_bytes(self, batch: int) -> int:
+        """What caches and logits of a batch take at run time, guidance included."""
+        model = self.model
+        size = 4 if self.float_type == "float32" else 2
+        caches = 2 * model.depth * model.heads * (model.grid**2 + 1) * model.head_dim * size
+        logits = 4 * max(phase.queries for phase in self.phases) * model.vocab_size
+        return 2 * batch * (caches + logits)
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)

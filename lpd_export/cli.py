@@ -22,7 +22,8 @@ from typing import Any
 import click
 
 from lpd_export.errors import Interrupted, UserError
-from lpd_export.recipe import CHOICES, BuildRequest, read_recipe
+from lpd_export.recipe import CHOICES, BuildRequest
+from lpd_export.recipes import named_recipe
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -159,14 +160,39 @@ def print_json(result: Any) -> None:
 @click.option(
     "--precision",
     type=click.Choice(CHOICES["precision"]),
-    help="Of weights and activations; this version builds fp32.  [default: fp32]",
+    help="Of weights and activations.  [default: fp32]",
 )
 @click.option(
     "--backend",
     type=click.Choice(CHOICES["backend"]),
-    help="This version builds for onnxruntime.  [default: onnxruntime]",
+    help="What runs the bundle.  [default: onnxruntime]",
 )
-@click.option("--max-batch", type=int, help="Refuse larger batches; by default any is taken.")
+@click.option(
+    "--max-batch",
+    type=int,
+    help="Largest batch.  [default: any for onnxruntime, 8 for engines]",
+)
+@click.option("--workspace", type=int, metavar="MIB", help="Engines: scratch memory of a kernel.")
+@click.option("--optimization-level", type=int, metavar="0-5", help="Engines: how long to search.")
+@click.option("--timing-cache", metavar="FILE", help="TensorRT: kernel timings to use and add to.")
+@click.option(
+    "--version-compatible", is_flag=True, default=None, help="TensorRT: for later versions too."
+)
+@click.option(
+    "--hardware-compatible", is_flag=True, default=None, help="TensorRT: for Ampere and later."
+)
+@click.option(
+    "--compute-capability",
+    multiple=True,
+    metavar="8.9",
+    help="TensorRT-RTX: a GPU to compile for; may be repeated.",
+)
+@click.option(
+    "--weight-stripped",
+    is_flag=True,
+    default=None,
+    help="Engines without weights, filled from the ONNX files when they are loaded.",
+)
 @click.option(
     "--random-weights", is_flag=True, default=None, help="A full-size model without a checkpoint."
 )
@@ -181,6 +207,9 @@ def print_json(result: Any) -> None:
 def build(recipe: str | None, as_json: bool, **options: Any) -> None:
     """Makes a bundle from a checkpoint, from a RECIPE's settings, or from both.
 
+    RECIPE is a TOML file, or the name of one that comes with lpd-export, such as lpd-xl-512 or
+    lpd-l-256-int8.
+
     Options override the recipe's settings. The architecture and the resolution are read off the
     weights; a --res of another grid resizes the model's positions.
 
@@ -189,16 +218,18 @@ def build(recipe: str | None, as_json: bool, **options: Any) -> None:
       lpd-export build --res 256
       lpd-export build --checkpoint lpd_l_256.pth --tokenizer vq_ds16_c2i.pt
       lpd-export build --model lpd-l --res 512 --random-weights --out engines/test
+      lpd-export build --res 256 --precision fp16 --backend tensorrt-rtx
+      lpd-export build lpd-xl-512
       lpd-export build engines/demo.toml --force
     """
-    settings = read_recipe(Path(recipe)) if recipe else {}
-    settings |= {name: value for name, value in options.items() if value is not None}
+    settings = named_recipe(recipe) if recipe else {}
+    settings |= {name: value for name, value in options.items() if value not in (None, ())}
     request = BuildRequest(**settings)
-    with stages() as report:
+    with stages() as (report, advance):
         report("loading torch and onnx")
         from lpd_export.build import build as build_bundle
 
-        out = build_bundle(request, report)
+        out = build_bundle(request, report, advance)
     if as_json:
         from lpd_export.bundle import Bundle
 
@@ -208,30 +239,38 @@ def build(recipe: str | None, as_json: bool, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def stages() -> Iterator[Callable[[str], None]]:
-    """Shows the current stage with a clock on a terminal, a line for each elsewhere."""
+def stages() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """Shows the current stage with a clock on a terminal, a line for each elsewhere.
+
+    Gives two functions: one to begin a stage, and one to tell how far TensorRT's builder is.
+    """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda stage: click.echo(stage, err=True)
+        yield lambda stage: click.echo(stage, err=True), lambda stage, step, steps: None
         return
     columns = (
         SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}{task.fields[detail]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
 
-        def report(stage: str) -> None:
+        def finish() -> None:
             for task in progress.tasks:
-                progress.update(task.id, total=1, completed=1)
-            progress.add_task(stage, total=None)
+                progress.update(task.id, total=1, completed=1, detail="")
 
-        yield report
-        for task in progress.tasks:
-            progress.update(task.id, total=1, completed=1)
+        def report(stage: str) -> None:
+            finish()
+            progress.add_task(stage, total=None, detail="")
+
+        def advance(stage: str, step: int, steps: int) -> None:
+            progress.update(progress.tasks[-1].id, detail=f": {stage} {step} of {steps}")
+
+        yield report, advance
+        finish()
 
 
 def folder_size(folder: Path) -> int:
@@ -265,6 +304,11 @@ def folder_size(folder: Path) -> int:
 @click.option("--batch", type=int, help="Images generated together.  [default: up to 4]")
 @click.option("--schedule", metavar="FILE", help="Instead of the bundle's own.")
 @click.option("--steps", type=int, help="With a --schedule that is a JSON list of orders.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where ONNX Runtime runs the graphs; engines run on a GPU.  [default: cpu]",
+)
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option("--save-tokens", metavar="FILE.npy", help="Also save the token ids [images, cells].")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in the same folder.")
@@ -500,18 +544,24 @@ def describe_schedule(file: str, schedule: Any, as_json: bool) -> None:
 @commands.command()
 @click.argument("bundle", type=click.Path())
 @click.option("--classes", is_flag=True, help="List the classes instead.")
+@click.option(
+    "--batch", type=int, default=1, show_default=True, help="Say how much memory this batch needs."
+)
 @json_option
-def inspect(bundle: str, classes: bool, as_json: bool) -> None:
+def inspect(bundle: str, classes: bool, batch: int, as_json: bool) -> None:
     """Says what a bundle holds, and verifies every file of it.
 
     \b
     Example:
       lpd-export inspect engines/demo
       lpd-export inspect engines/demo --classes
+      lpd-export inspect engines/lpd-l-256 --batch 8
     """
     from lpd_export.bundle import Bundle
     from lpd_export.inspection import class_lines, report_lines
 
+    if batch < 1:
+        raise UserError(f"--batch must be at least 1, but it is {batch}")
     opened = Bundle.open(bundle)
     if classes:
         if as_json:
@@ -524,4 +574,26 @@ def inspect(bundle: str, classes: bool, as_json: bool) -> None:
     if as_json:
         print_json({"bundle": bundle, "manifest": dataclasses.asdict(opened.manifest)})
     else:
-        click.echo("\n".join(report_lines(opened)))
+        click.echo("\n".join(report_lines(opened, batch)))
+
+
+# ----------------------------------------------------------------------------------- doctor
+
+
+@commands.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Says what this machine can build and run, and what to install for the rest.
+
+    \b
+    Example:
+      lpd-export doctor
+    """
+    from lpd_export.doctor import examine, report_lines
+
+    diagnosis = examine(Path("engines"))
+    if as_json:
+        print_json(dataclasses.asdict(diagnosis))
+    else:
+        for line in report_lines(diagnosis):
+            click.echo(line)

@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpd_export.bundle import Bundle, Manifest
+from lpd_export.bundle import GRAPH_NAMES, MANIFEST, Bundle, Manifest
 from lpd_export.classes import display_name, resolve_classes
 from lpd_export.errors import UserError
+from lpd_export.files import cache_folder, sha256
 from lpd_export.images import to_uint8
+from lpd_export.machine import read_memory
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -28,7 +30,6 @@ from lpd_export.runtime.randomness import image_randomness
 from lpd_export.runtime.sampler import Sampling, guide
 from lpd_export.schedule import Schedule, phase_table
 
-GRAPHS = {name: f"onnx/{name}.onnx" for name in ("decode", "detokenize", "tokenize")}
 WEIGHTS = "onnx/weights.data"
 
 
@@ -81,24 +82,30 @@ class Pipeline:
         self._generators: dict[bytes, Generator] = {}
 
     @classmethod
-    def open(cls, bundle: str | os.PathLike[str], *, threads: int | None = None) -> Pipeline:
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+    ) -> Pipeline:
         """Verifies what a bundle holds and loads it.
 
         Args:
             bundle: the folder that `lpd-export build` made.
-            threads: for the operators; by default ONNX Runtime's choice, the physical cores.
+            device: "cpu" or "cuda"; by default the CPU for ONNX Runtime, a GPU for TensorRT.
+            threads: for the operators on a CPU; by default ONNX Runtime's choice, the physical
+                cores.
 
         Raises:
             UserError: if the bundle is missing or damaged, or this machine cannot run it.
         """
         opened = Bundle.open(bundle)
         schedule = opened.schedule()
-        opened.file(WEIGHTS)
-        files = {name: opened.file(path) for name, path in GRAPHS.items()}
-        executor = OnnxRuntimeExecutor(files, threads=threads)
+        executor = open_executor(opened, device, threads)
         # Loaded now, so that the first image is not slower than the rest.
         for graph in ("decode", "detokenize"):
-            executor.session(graph)
+            executor.load(graph)
         return cls(opened.manifest, schedule, executor)
 
     def generate(
@@ -178,6 +185,13 @@ class Pipeline:
             raise UserError(
                 f"the bundle takes batches of up to {limit} images, not {batch}: build it with "
                 f"--max-batch {batch}"
+            )
+        needed = self.manifest.buffer_bytes(batch)
+        free = free_memory(self._executor.device)
+        if free is not None and needed > free:
+            raise UserError(
+                f"a batch of {batch} needs {needed / 1e9:.1f} GB for its caches and logits alone, "
+                f"and {free / 1e9:.1f} GB are free: use a smaller batch"
             )
 
     def choose_schedule(self, schedule: Schedule | str | os.PathLike[str] | None) -> Schedule:
@@ -266,18 +280,19 @@ class Pipeline:
         rows = 2 if sampling.guided else 1
         scale = sampling.scale(cells).to(self._executor.device)
         logits = []
-        for step in self.bind_steps(len(images), sampling.guided):
-            first, last = step.phase.write_index, step.phase.write_index + step.phase.tokens
-            step.token_ids.copy_(context[:, first : first + step.phase.context].repeat(rows, 1))
-            step.positions.copy_(positions[:, first:last].repeat(rows, 1))
-            if step.phase.index == 0 and sampling.guided:
-                step.token_ids[len(images) :] = self._dimensions.condition_id(None)
-            step.run()
-            start = step.phase.first_cell
-            raw = step.logits
-            if sampling.guided:
-                raw = guide(raw, scale[start : start + step.phase.queries])
-            logits.append(raw.float().cpu().clone())
+        with self._executor.stream():
+            for step in self.bind_steps(len(images), sampling.guided):
+                first, last = step.phase.write_index, step.phase.write_index + step.phase.tokens
+                step.token_ids.copy_(context[:, first : first + step.phase.context].repeat(rows, 1))
+                step.positions.copy_(positions[:, first:last].repeat(rows, 1))
+                if step.phase.index == 0 and sampling.guided:
+                    step.token_ids[len(images) :] = self._dimensions.condition_id(None)
+                step.run()
+                start = step.phase.first_cell
+                raw = step.logits
+                if sampling.guided:
+                    raw = guide(raw, scale[start : start + step.phase.queries])
+                logits.append(raw.float().cpu().clone())
         return torch.cat(logits, dim=1)
 
     def detokenize(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -321,10 +336,56 @@ class Pipeline:
     ) -> None:
         """Runs a tokenizer graph from host memory to host memory."""
         device = self._executor.device
-        result = out.to(device)
-        bound = {input_name: values.contiguous().to(device), output_name: result}
-        self._executor.bind(graph, bound)()
-        out.copy_(result)
+        with self._executor.stream():
+            result = out.to(device)
+            run = self._executor.bind(
+                graph, {input_name: values.contiguous().to(device), output_name: result}
+            )
+            run()
+            # Waits for the run, whose context must live until then.
+            out.copy_(result)
+
+
+def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Executor:
+    """The executor of a bundle's backend over its files, verified.
+
+    Raises:
+        UserError: if a file is damaged, or this machine has not what the backend needs.
+    """
+    manifest = bundle.manifest
+    float_type = getattr(torch, manifest.float_type)
+    graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
+    if manifest.backend == "onnxruntime":
+        bundle.file(WEIGHTS)
+        files = {graph: bundle.file(name) for graph, name in graphs.items()}
+        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads)
+    if device == "cpu" or threads is not None:
+        raise UserError(
+            f"{bundle.path} holds {manifest.backend} engines, which run on a GPU: leave out the "
+            "CPU's settings, or build a bundle with --backend onnxruntime"
+        )
+    from lpd_export.runtime.tensorrt_executor import TensorRTExecutor
+
+    weights = None
+    if any(engine["weight_stripped"] for engine in manifest.engines.values()):
+        bundle.file(WEIGHTS)
+        weights = {graph: bundle.file(name) for graph, name in graphs.items()}
+    cache = cache_folder() / f"kernels-{sha256(bundle.path / MANIFEST)[:32]}.bin"
+    return TensorRTExecutor(
+        {graph: bundle.file(f"engines/{graph}.engine") for graph in graphs},
+        float_type,
+        manifest.backend,
+        device or "cuda",
+        weights,
+        cache if manifest.backend == "tensorrt-rtx" else None,
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a device's memory, where the system tells them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return read_memory().free
 
 
 def dimensions(manifest: Manifest) -> Dimensions:

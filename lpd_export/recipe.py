@@ -17,7 +17,7 @@ from typing import Any
 
 from lpd_export.errors import UserError
 
-PATHS = ("checkpoint", "tokenizer", "classes", "schedule", "out")
+PATHS = ("checkpoint", "tokenizer", "classes", "schedule", "timing_cache", "out")
 HUB_PREFIX = "hf:"
 
 
@@ -43,12 +43,29 @@ class BuildRequest:
     precision: str = "fp32"
     backend: str = "onnxruntime"
     max_batch: int | None = None
+    workspace: int | None = None
+    optimization_level: int | None = None
+    timing_cache: str | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    compute_capability: tuple[str, ...] = ()
+    weight_stripped: bool = False
     random_weights: bool = False
     seed: int = 0
     out: str | None = None
     force: bool = False
 
 
+ENGINE_FIELDS = (
+    "workspace",
+    "optimization_level",
+    "timing_cache",
+    "version_compatible",
+    "hardware_compatible",
+    "compute_capability",
+    "weight_stripped",
+)
+"""Settings that only engines have."""
 CHOICES = {
     "guidance": ("linear", "constant"),
     "precision": ("fp32", "bf16", "fp16", "int8"),
@@ -88,20 +105,30 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def field_types() -> dict[str, type]:
     """The type of each setting, None aside."""
     hints = typing.get_type_hints(BuildRequest)
-    return {
-        field.name: next(
-            option
-            for option in (typing.get_args(hints[field.name]) or (hints[field.name],))
-            if option is not types.NoneType
-        )
-        for field in dataclasses.fields(BuildRequest)
-    }
+
+    def plain(hint: Any) -> type:
+        if typing.get_origin(hint) is tuple:
+            return tuple
+        options = typing.get_args(hint) or (hint,)
+        return next(option for option in options if option is not types.NoneType)
+
+    return {field.name: plain(hints[field.name]) for field in dataclasses.fields(BuildRequest)}
 
 
 def _checked(key: str, name: str, value: Any, expected: type, where: str) -> Any:
-    words = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
-    accepted = (int, float) if expected is float else expected
-    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "text in quotes",
+        bool: "true or false",
+        tuple: "a list of texts in quotes",
+    }
+    accepted: Any = {float: (int, float), tuple: list}.get(expected, expected)
+    if (
+        not isinstance(value, accepted)
+        or (isinstance(value, bool) and expected is not bool)
+        or (expected is tuple and not all(isinstance(entry, str) for entry in value))
+    ):
         raise UserError(f"{where}: {key} must be {words[expected]}, but it is {value!r}")
     if name in CHOICES and value not in CHOICES[name]:
         raise UserError(f"{where}: {key} must be {' or '.join(CHOICES[name])}, but it is {value!r}")

@@ -63,6 +63,7 @@ class RunRequest:
     batch: int | None = None
     schedule: str | None = None
     steps: int | None = None
+    device: str | None = None
     threads: int | None = None
     save_tokens: str | None = None
     resume: bool = False
@@ -133,7 +134,7 @@ def generate_images(
     """
     check_request(request)
     report(f"loading {request.bundle}")
-    pipeline = Pipeline.open(request.bundle, threads=request.threads)
+    pipeline = Pipeline.open(request.bundle, device=request.device, threads=request.threads)
     plan = plan_images(request, pipeline)
     done = read_records(request.out, plan) if request.resume else {}
     batch = request.batch or min(DEFAULT_BATCH, pipeline.manifest.max_batch or DEFAULT_BATCH)

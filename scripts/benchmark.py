@@ -1,10 +1,10 @@
-"""Times a full-size bundle against the eager PyTorch reference, in one process.
+"""Times full-size bundles against the eager PyTorch reference, in one process.
 
     python scripts/benchmark.py
     python scripts/benchmark.py --model lpd-xl --res 512 --runs 3
 
-Weights are random: what is computed is the same, and no checkpoint has to be fetched. The bundle
-is built on the first call and kept. Eager and bundle take turns, so that a machine whose speed
+Weights are random: what is computed is the same, and no checkpoint has to be fetched. Bundles are
+built on the first call and kept. Eager and bundle take turns, so that a machine whose speed
 drifts is fair to both; medians and the ratios of each pair are printed. Peak memory is that of a
 process of its own which only opens the bundle and generates.
 """
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -29,6 +30,7 @@ import torch
 
 from lpd_export import Pipeline
 from lpd_export.build import build
+from lpd_export.bundle import Bundle
 from lpd_export.recipe import BuildRequest
 from lpd_export.runtime.randomness import image_randomness
 from reference import LPD, PUBLISHED_MODELS, LPDConfig, VQConfig, VQTokenizer, generate
@@ -46,57 +48,102 @@ Pipeline.open(sys.argv[1]).generate([0] * int(sys.argv[2]), batch=int(sys.argv[2
 @click.option("--res", default=256, show_default=True)
 @click.option("--runs", default=5, show_default=True, help="Timed pairs; one more warms up.")
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 4), show_default=True)
-@click.option("--folder", default="engines", show_default=True, help="Where the bundle is kept.")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    default=("fp32", "int8"),
+    show_default=True,
+    help="fp32, fp16 or int8.",
+)
+@click.option("--folder", default="engines", show_default=True, help="Where bundles are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
 def main(
-    model: str, res: int, runs: int, batches: tuple[int, ...], folder: str, as_json: bool
+    model: str,
+    res: int,
+    runs: int,
+    batches: tuple[int, ...],
+    precisions: tuple[str, ...],
+    folder: str,
+    as_json: bool,
 ) -> None:
-    """Times a full-size bundle with random weights against the eager reference."""
+    """Times full-size bundles with random weights against the eager reference."""
 
     def say(line: str) -> None:
         click.echo(line, err=as_json)
 
-    bundle = Path(folder) / f"benchmark-{model}-{res}-fp32"
-    if not bundle.exists():
-        request = BuildRequest(
-            model=model, res=res, random_weights=True, seed=SEED, out=str(bundle)
-        )
-        build(request, report=say)
-    pipeline = Pipeline.open(bundle)
-    manifest = pipeline.manifest
+    bundles = {
+        precision: full_size_bundle(Path(folder), model, res, precision, say)
+        for precision in precisions
+    }
+    manifest = Bundle.open(bundles[precisions[0]]).manifest
     say(
-        f"{model}, {res} px, {len(manifest.phases)} steps, cfg {manifest.cfg:g}, fp32, "
+        f"{model}, {res} px, {len(manifest.phases)} steps, cfg {manifest.cfg:g}, "
         f"{os.cpu_count()} CPUs, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
     )
     lpd, tokenizer = reference_models(model, manifest.model.grid)
     results = []
-    for batch in batches:
-        pairs = [
-            (
-                seconds(partial(run_eager, lpd, tokenizer, pipeline, batch)),
-                seconds(partial(pipeline.generate, [0] * batch, seed=SEED, batch=batch)),
+    for precision, bundle in bundles.items():
+        pipeline = Pipeline.open(bundle)
+        disk = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+        for batch in batches:
+            result = compare(lpd, tokenizer, pipeline, batch, runs)
+            result |= {
+                "precision": precision,
+                "peak_memory_gb": peak_memory(bundle, batch) / 1e9,
+                "disk_gb": disk / 1e9,
+            }
+            results.append(result)
+            say(
+                f"{precision}, batch {batch}: eager fp32 {result['eager_seconds']:.2f} s, bundle "
+                f"{result['bundle_seconds']:.2f} s "
+                f"({result['bundle_seconds_an_image']:.2f} s an image), "
+                f"{result['ratio']:.2f} times faster, peak memory "
+                f"{result['peak_memory_gb']:.2f} GB, disk {result['disk_gb']:.2f} GB"
             )
-            for _ in range(runs + 1)
-        ][1:]
-        memory = peak_memory(bundle, batch)
-        result = {
-            "batch": batch,
-            "eager_seconds": statistics.median(eager for eager, _ in pairs),
-            "bundle_seconds": statistics.median(ours for _, ours in pairs),
-            "ratio": statistics.median(eager / ours for eager, ours in pairs),
-            "bundle_seconds_an_image": statistics.median(ours for _, ours in pairs) / batch,
-            "peak_memory_gb": memory / 1e9,
-        }
-        results.append(result)
-        say(
-            f"batch {batch}: eager {result['eager_seconds']:.2f} s, "
-            f"bundle {result['bundle_seconds']:.2f} s "
-            f"({result['bundle_seconds_an_image']:.2f} s an image), "
-            f"{result['ratio']:.2f} times faster, peak memory {result['peak_memory_gb']:.2f} GB"
-        )
+        del pipeline
     if as_json:
         machine = {"processor": platform.processor(), "cpus": os.cpu_count()}
         click.echo(json.dumps({"model": model, "res": res, **machine, "results": results}))
+
+
+def full_size_bundle(
+    folder: Path, model: str, res: int, precision: str, say: Callable[[str], None]
+) -> Path:
+    """The bundle of a published architecture with random weights, built if it is not there."""
+    bundle = folder / f"benchmark-{model}-{res}-{precision}"
+    if not bundle.exists():
+        request = BuildRequest(
+            model=model,
+            res=res,
+            precision=precision,
+            random_weights=True,
+            seed=SEED,
+            out=str(bundle),
+        )
+        build(request, report=say)
+    return bundle
+
+
+def compare(
+    lpd: LPD, tokenizer: VQTokenizer, pipeline: Pipeline, batch: int, runs: int
+) -> dict[str, Any]:
+    """Medians of eager and bundle, which take turns, and of the ratio of each pair."""
+    pairs = [
+        (
+            seconds(partial(run_eager, lpd, tokenizer, pipeline, batch)),
+            seconds(partial(pipeline.generate, [0] * batch, seed=SEED, batch=batch)),
+        )
+        for _ in range(runs + 1)
+    ][1:]
+    ours = statistics.median(bundle for _, bundle in pairs)
+    return {
+        "batch": batch,
+        "eager_seconds": statistics.median(eager for eager, _ in pairs),
+        "bundle_seconds": ours,
+        "bundle_seconds_an_image": ours / batch,
+        "ratio": statistics.median(eager / bundle for eager, bundle in pairs),
+    }
 
 
 def reference_models(model: str, grid: int) -> tuple[LPD, VQTokenizer]:

@@ -39,7 +39,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object) -> None:
         raise AssertionError("exported")
 
-    monkeypatch.setattr(lpd_export.build, "write_graphs", unreachable)
+    monkeypatch.setattr(lpd_export.build, "write_exact_graphs", unreachable)
 
 
 def save(path: Path, state: dict[str, Any]) -> Path:
@@ -166,12 +166,22 @@ def test_what_res_alone_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     [
         ("", "say what to build: --res 256 (the published lpd-l), --checkpoint FILE"),
         ("--steps 4", "say what to build"),
-        ("--res 256 --precision fp16", "builds no fp16 bundles: use --precision fp32"),
-        ("--res 256 --precision bf16", "builds no bf16 bundles"),
-        ("--res 256 --precision int8", "builds no int8 bundles"),
+        (
+            "--res 256 --precision bf16",
+            "cannot build bf16 for onnxruntime here: ONNX Runtime's CPU",
+        ),
         ("--res 256 --precision fp8", "'fp8' is not one of 'fp32', 'bf16', 'fp16', 'int8'"),
-        ("--res 256 --backend tensorrt", "builds no tensorrt engines: use --backend onnxruntime"),
-        ("--res 256 --backend tensorrt-rtx", "builds no tensorrt-rtx engines"),
+        ("--res 256 --workspace 64", "--workspace is for engines: it needs --backend tensorrt or"),
+        ("--res 256 --weight-stripped", "--weight-stripped is for engines"),
+        ("--res 256 --compute-capability 8.9", "--compute-capability is for engines"),
+        (
+            "--res 256 --backend tensorrt-rtx --optimization-level 9",
+            "the optimization level must be from 0 to 5, but it is 9",
+        ),
+        (
+            "--res 256 --backend tensorrt-rtx --compute-capability 1.0",
+            "not for '1.0'",
+        ),
         ("--res 256 --backend tvm", "'tvm' is not one of"),
         ("--model lpd-s", "there is no model 'lpd-s': the published ones are lpd-l, lpd-xl, lpd-x"),
         ("--model lpd-xxl --res 512", "lpd-xxl was not published at 512 px: give a --checkpoint"),
@@ -382,7 +392,7 @@ def test_a_disk_without_room(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=1_000_000))
     said = mistake("build", *weights, "--out", tmp_path / "a/b")
-    assert said.startswith("the bundle needs ")
+    assert said.startswith("the build needs ")
     assert f"and {tmp_path} has 1 MB free: make room, or choose another --out" in said
     assert entries(tmp_path) == []
 
@@ -446,7 +456,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
         (folder / "decode.onnx").touch()
         raise failure
 
-    monkeypatch.setattr(lpd_export.build, "write_graphs", write_some_graphs)
+    monkeypatch.setattr(lpd_export.build, "write_exact_graphs", write_some_graphs)
     request = BuildRequest(
         checkpoint=str(small_weights / "lpd.pth"),
         tokenizer=str(small_weights / "vq.pt"),

@@ -41,6 +41,9 @@ class Executor(Protocol):
         recordings this is `work` itself.
         """
 
+    def load(self, graph: str) -> object:
+        """Makes a graph ready now rather than when it is first bound."""
+
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         """A call that runs `graph` once over these very tensors, inputs and outputs by name.
 

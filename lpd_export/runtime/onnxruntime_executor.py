@@ -94,7 +94,7 @@ class OnnxRuntimeExecutor:
             }
         return PROVIDERS[self.device.type], options
 
-    def session(self, graph: str) -> onnxruntime.InferenceSession:
+    def load(self, graph: str) -> onnxruntime.InferenceSession:
         """The session of a graph.
 
         Raises:
@@ -114,7 +114,7 @@ class OnnxRuntimeExecutor:
         return self._sessions[graph]
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
-        session = self.session(graph)
+        session = self.load(graph)
         binding = session.io_binding()
         for values, bind in (
             (session.get_inputs(), binding.bind_input),

@@ -1,0 +1,130 @@
+"""From FP32 graphs to the graphs of a precision: measures, decides, then writes.
+
+Knows which steps a precision takes. How values are cast is in `casting`, how layers are quantized
+in `quantization`, what is measured in `calibration`, and which layers INT8 spares in
+`sensitivity`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lpd_export import __version__, export
+from lpd_export.bundle import GRAPH_NAMES, Manifest
+from lpd_export.calibration import IMAGES, Calibration, Calibrator
+from lpd_export.casting import check_ranges, lower
+from lpd_export.files import cache_folder, sha256, write_atomically
+from lpd_export.quantization import quantize
+from lpd_export.schedule import Schedule
+from lpd_export.sensitivity import Chooser
+
+Report = Callable[[str], None]
+
+
+def compute_precision(precision: str, backend: str) -> str:
+    """The float precision of a graph's activations, inputs and caches.
+
+    Around INT8 that is FP16 for TensorRT and FP32 for ONNX Runtime, whose CPU has no FP16.
+    """
+    if precision != "int8":
+        return precision
+    return "fp32" if backend == "onnxruntime" else "fp16"
+
+
+@dataclass(frozen=True)
+class PrecisionWriter:
+    """Writes the graphs of one bundle in another precision.
+
+    Attributes:
+        exact: a folder with the FP32 ONNX files.
+        scratch: a folder for trials, removed again.
+        manifest, schedule: of the bundle in the making.
+    """
+
+    exact: Path
+    scratch: Path
+    manifest: Manifest
+    schedule: Schedule
+
+    def write(self, out: Path, report: Report) -> dict[str, Any]:
+        """Writes the graphs to `out`; returns what was measured and decided, for the manifest.
+
+        Raises:
+            UserError: if the precision cannot hold the model.
+        """
+        precision, backend = self.manifest.precision, self.manifest.backend
+        around = compute_precision(precision, backend)
+        self.scratch.mkdir()
+        calibration = self._calibrate(with_layers=precision == "int8", report=report)
+        if around != "fp32":
+            check_ranges(calibration.ranges, around)
+        quantized: dict[str, dict[str, float]] = {}
+        decided: dict[str, Any] = {"largest_values": largest_values(calibration)}
+        if precision == "int8":
+            report("measuring which layers int8 must spare")
+            chooser = Chooser(self.exact, self.scratch, self.manifest, self.schedule)
+            decided["quantization"] = {}
+            for graph in GRAPH_NAMES:
+                quantized[graph], decision = chooser.choose(
+                    graph, calibration.layers[graph], report
+                )
+                decided["quantization"][graph] = dataclasses.asdict(decision)
+        shutil.rmtree(self.scratch)
+        report(f"writing {precision} weights")
+        models = {graph: ir.load(self.exact / f"{graph}.onnx") for graph in GRAPH_NAMES}
+        for graph, model in models.items():
+            lower(model, around)
+            quantize(model, quantized.get(graph, {}), backend == "onnxruntime")
+        out.mkdir()
+        export.write_models(models, out)
+        return decided
+
+    def _calibrate(self, with_layers: bool, report: Report) -> Calibration:
+        """Measures the graphs at work, or takes what was measured of these very graphs before."""
+        known = cache_folder() / f"calibration-{self._content_key(with_layers)}.json"
+        if known.is_file():
+            report(f"taking measured ranges from {known}")
+            return Calibration.from_json(known.read_text(encoding="utf-8"))
+        calibrator = Calibrator(self.exact, self.scratch, self.manifest, self.schedule)
+        report("measuring the range of every value at work")
+        calibration = Calibration(calibrator.ranges())
+        if with_layers:
+            report("measuring the noise of every quantized layer")
+            layers = calibrator.layers(calibration.ranges)
+            calibration = Calibration(calibration.ranges, layers)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, calibration.to_json().encode())
+        return calibration
+
+    def _content_key(self, with_layers: bool) -> str:
+        """What the measurements depend on."""
+        parts = [
+            __version__,
+            with_layers,
+            IMAGES,
+            self.manifest.cfg,
+            self.manifest.guidance,
+            hashlib.sha256(self.schedule.orders.tobytes()).hexdigest(),
+            self.schedule.group_sizes.tolist(),
+            *(sha256(self.exact / f"{graph}.onnx") for graph in GRAPH_NAMES),
+            sha256(self.exact / export.WEIGHTS_FILE),
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def largest_values(calibration: Calibration) -> dict[str, Any]:
+    """The value of each graph that comes nearest to overflow, with its magnitude."""
+    worst = {
+        graph: max(values.items(), key=lambda entry: entry[1])
+        for graph, values in calibration.ranges.items()
+    }
+    return {graph: {"value": name, "magnitude": m} for graph, (name, m) in worst.items()}

@@ -1,0 +1,526 @@
+"""TensorRT and TensorRT-RTX: engines run by address, and a whole generation as one CUDA graph.
+
+Knows the half of their API that runs engines, which the two share, and torch's CUDA streams and
+graphs. Does not build engines, know what they compute, or see a value that they compute. What
+TensorRT-RTX has of its own (kernels compiled on this GPU, and a cache of them) is in the
+functions that ask for it with `hasattr`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpd_export.errors import UserError
+from lpd_export.files import write_atomically
+from lpd_export.runtime.executor import Run
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+TORCH_TYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT64": torch.int64,
+}
+"""By the name of TensorRT's DataType."""
+ALIGNMENT = 256
+"""Bytes that TensorRT wants addresses to be multiples of."""
+
+PROBLEMS = (
+    (
+        r"MALFORMED_ENGINE|magicTag|header\.size|bufferSize|empty memory buffer",
+        "the file is truncated or not an engine; build the bundle again",
+    ),
+    (
+        r"UNSUPPORTED_CC|incompatible device",
+        "it was built for another GPU architecture; build the bundle again for this one",
+    ),
+    (
+        r"INSUFFICIENT_GPU_MEMORY|out of memory|OutOfMemory",
+        "the GPU has too little free memory; use a smaller --batch, or end what else runs on it",
+    ),
+    (
+        r"OLD_CUDA|CUDA_ERROR|driver|CUDA initialization",
+        "the GPU driver is too old or does not run; update it, and see that nvidia-smi works",
+    ),
+    (
+        r"VERSION_MISMATCH|version",
+        "it was built with another version; install that version, or build the bundle again",
+    ),
+)
+"""What TensorRT's own words mean for the user, the first that matches."""
+
+
+class TensorRTExecutor:
+    """An executor over TensorRT engine files, each loaded when it is first bound.
+
+    All contexts work in one buffer: graphs run one after another, in order of one stream. Calls
+    from `bind` are enqueued on torch's current stream, which inside `stream` is a side stream.
+
+    Args:
+        engines: the engine file of each graph.
+        float_type: of the graphs.
+        backend: "tensorrt" or "tensorrt-rtx".
+        device: "cuda", or with an index.
+        weights: for engines built without weights, the ONNX file that each takes them from.
+        runtime_cache: where TensorRT-RTX finds and leaves the kernels that it compiles here.
+
+    Raises:
+        UserError: if the backend's module is not installed, or torch cannot use the GPU.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Path],
+        float_type: torch.dtype = torch.float16,
+        backend: str = "tensorrt",
+        device: str = "cuda",
+        weights: Mapping[str, Path] | None = None,
+        runtime_cache: Path | None = None,
+    ) -> None:
+        self.trt = import_tensorrt(backend)
+        self.device = find_gpu(device)
+        self.float_type = float_type
+        self.records = True  # until a capture fails
+        self.logger = make_logger(self.trt)
+        self._engine_files = dict(engines)
+        self._weights = dict(weights or {})
+        self._runtime_cache_file = runtime_cache
+        self._cache: Any = None
+        self._engines: dict[str, Any] = {}
+        self._bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
+        self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._side_stream = torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device):
+            self._runtime = open_runtime(self.trt, self.logger)
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        caller = torch.cuda.current_stream(self.device)
+        self._side_stream.wait_stream(caller)
+        with torch.cuda.stream(self._side_stream):
+            yield
+        caller.wait_stream(self._side_stream)
+
+    def load(self, graph: str) -> Any:
+        """The ICudaEngine of a graph.
+
+        Raises:
+            UserError: if it does not load on this GPU with the installed version.
+        """
+        if graph not in self._engines:
+            with torch.cuda.device(self.device):
+                name = torch.cuda.get_device_name(self.device)
+                path = self._engine_files[graph]
+                engine = deserialize(self.trt, self._runtime, self.logger, path, name)
+                if graph in self._weights:
+                    refit(self.trt, engine, self.logger, self._weights[graph])
+            self._engines[graph] = engine
+        return self._engines[graph]
+
+    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+        """See `Executor`.
+
+        Raises:
+            UserError: if the engine does not load, takes no tensors of these names, types and
+                shapes, does not update in place what is bound as input and output at once, or
+                the GPU's memory is too small.
+        """
+        binding = Binding(self, graph, self.load(graph), tensors)
+        self._open(binding)
+        self._bindings.add(binding)
+        return binding
+
+    def _open(self, binding: Binding) -> None:
+        with torch.cuda.device(self.device):
+            needed = binding.open(self._runtime_config(binding.engine))
+            if needed > self._memory.numel():
+                try:
+                    self._memory = torch.empty(needed, dtype=torch.uint8, device=self.device)
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        f"the GPU has no {needed / 2**20:.0f} MiB free for the {binding.graph} "
+                        "engine to work in: use a smaller --batch, or end what else runs on it"
+                    ) from error
+                for other in self._bindings:
+                    other.use(self._memory)
+            binding.use(self._memory)
+
+    def _runtime_config(self, engine: Any) -> Any:
+        """How a context of the engine is to run."""
+        trt = self.trt
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if hasattr(trt, "CudaGraphStrategy"):
+            # Its own graphs, one a context, are for when ours of all contexts is not possible.
+            config.cuda_graph_strategy = (
+                trt.CudaGraphStrategy.DISABLED
+                if self.records
+                else trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            )
+            # Shapes are few and fixed, and a kernel that came later would miss the recording.
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            if self._cache is None:
+                self._cache = load_cache(config, self._runtime_cache_file)
+            config.set_runtime_cache(self._cache)
+        return config
+
+    def record(self, work: Run) -> Run:
+        """One CUDA graph of all that `work` launches, kernels of TensorRT and torch alike.
+
+        Where that is not possible this is `work` itself; a RuntimeWarning then says why, and
+        `records` turns False.
+        """
+        # At a first run TensorRT still sets itself up for the shapes, and RTX compiles.
+        work()
+        self._save_cache()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            for binding in self._bindings:
+                binding.check_capturable(self._side_stream)
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(
+                graph, stream=self._side_stream, capture_error_mode="thread_local"
+            ):
+                work()
+        except (RuntimeError, UserError) as error:
+            # Ending a capture that something broke raises an error of its own, after the cause.
+            self._fall_back(first_line(error.__context__ or error))
+            return work
+        return partial(_replay, graph, (work, self._memory))
+
+    def _fall_back(self, reason: str) -> None:
+        self.records = False
+        warnings.warn(
+            "images are generated step by step instead of with one launch of a CUDA graph, which "
+            f"takes longer: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        if hasattr(self.trt, "CudaGraphStrategy"):
+            torch.cuda.synchronize(self.device)  # no context may go while it works
+            for binding in self._bindings:
+                self._open(binding)
+
+    def _save_cache(self) -> None:
+        """Leaves TensorRT-RTX's compiled kernels for the next process."""
+        if self._cache is None or self._runtime_cache_file is None:
+            return
+        try:
+            write_atomically(self._runtime_cache_file, bytes(self._cache.serialize()))
+        except UserError as error:
+            warnings.warn(f"the next start is not faster: {error}", RuntimeWarning, stacklevel=3)
+
+
+def _replay(
+    graph: torch.cuda.CUDAGraph,
+    recorded: tuple[Run, Tensor],  # referred to by address alone, and so kept alive here
+) -> None:
+    graph.replay()
+
+
+class Binding:
+    """One execution context over fixed tensors, and the call that enqueues it."""
+
+    def __init__(
+        self, executor: TensorRTExecutor, graph: str, engine: Any, tensors: Mapping[str, Tensor]
+    ) -> None:
+        self._context: Any = None  # the first attribute, so that it goes before what it uses
+        self._config: Any = None
+        self._executor = executor
+        self.graph = graph
+        self.engine = engine
+        self._tensors = dict(tensors)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self._check({name: engine.get_tensor_dtype(name).name for name in names})
+        mode = executor.trt.TensorIOMode.INPUT
+        inputs = [name for name in names if engine.get_tensor_mode(name) == mode]
+        self._check_in_place([name for name in names if name not in inputs])
+        self._shapes = {name: tuple(tensors[name].shape) for name in inputs}
+        profiles = [
+            {name: ShapeRange(*engine.get_tensor_profile_shape(name, index)) for name in inputs}
+            for index in range(engine.num_optimization_profiles)
+        ]
+        self._profile = choose_profile(graph, profiles, self._shapes)
+
+    def _check(self, types: Mapping[str, str]) -> None:
+        """Raises UserError unless the engine's tensors, by type, are those given."""
+        for name in sorted(types.keys() ^ self._tensors.keys()):
+            raise UserError(
+                f"the {self.graph} engine has {'a' if name in types else 'no'} tensor {name}, "
+                "unlike this version of lpd-export: build the bundle again"
+            )
+        for name, tensor in self._tensors.items():
+            assert tensor.is_contiguous(), name
+            assert tensor.data_ptr() % ALIGNMENT == 0, name
+            if TORCH_TYPES.get(types[name]) != tensor.dtype:
+                raise UserError(
+                    f"the {self.graph} engine's {name} is {types[name]}, where the runtime has "
+                    f"{tensor.dtype}: build the bundle again"
+                )
+
+    def _check_in_place(self, outputs: Sequence[str]) -> None:
+        """Raises UserError unless the engine updates in place what shares its address, no more."""
+        for name in outputs:
+            address = self._tensors[name].data_ptr()
+            shared = [
+                other
+                for other, tensor in self._tensors.items()
+                if other != name and tensor.data_ptr() == address
+            ]
+            updated = self.engine.get_aliased_input_tensor(name)
+            if shared != ([updated] if updated else []):
+                raise UserError(
+                    f"the {self.graph} engine writes {name} over {updated or 'no input'}, where "
+                    f"the runtime shares it with {', '.join(shared) or 'none'}: build the bundle "
+                    "again"
+                )
+
+    def open(self, config: Any) -> int:
+        """Makes the context anew; returns the bytes that it needs for its activations."""
+        context = self.engine.create_execution_context(runtime_config=config)
+        stream = torch.cuda.current_stream(self._executor.device).cuda_stream
+        if (
+            context is None
+            or not context.set_optimization_profile_async(self._profile, stream)
+            or not all(context.set_input_shape(name, s) for name, s in self._shapes.items())
+            or not all(
+                context.set_tensor_address(name, tensor.data_ptr())
+                for name, tensor in self._tensors.items()
+            )
+        ):
+            raise UserError(f"the {self.graph} engine cannot be set up: {self._reason()}")
+        self._context, self._config = context, config
+        return context.update_device_memory_size_for_shapes()
+
+    def use(self, memory: Tensor) -> None:
+        """Gives the context the buffer to work in."""
+        self._context.set_device_memory(memory.data_ptr(), memory.numel())
+
+    def check_capturable(self, stream: torch.cuda.Stream) -> None:
+        """Raises UserError if TensorRT-RTX says that the context cannot be captured."""
+        context = self._context
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(
+            stream.cuda_stream
+        ):
+            raise UserError(f"TensorRT-RTX cannot capture the {self.graph} engine")
+
+    def __call__(self) -> None:
+        stream = torch.cuda.current_stream(self._executor.device).cuda_stream
+        if not self._context.execute_async_v3(stream):
+            raise UserError(f"the {self.graph} engine cannot be launched: {self._reason()}")
+
+    def _reason(self) -> str:
+        return explain(self._executor.logger.take())
+
+
+# ------------------------------------------------------------------------ profiles and shapes
+
+
+class ShapeRange(NamedTuple):
+    """The shapes of one input that an optimization profile takes, axis by axis."""
+
+    least: Sequence[int]
+    optimum: Sequence[int]
+    most: Sequence[int]
+
+    def holds(self, shape: Sequence[int], first_axis: int = 0) -> bool:
+        """Whether it takes a shape, axes before `first_axis` aside."""
+        axes = list(zip(self.least, shape, self.most, strict=True))[first_axis:]
+        return all(least <= size <= most for least, size, most in axes)
+
+    def distance(self, shape: Sequence[int]) -> int:
+        """How far a shape is from the one that the engine is tuned for."""
+        return sum(abs(a - b) for a, b in zip(self.optimum, shape, strict=True))
+
+
+def choose_profile(
+    graph: str,
+    profiles: Sequence[Mapping[str, ShapeRange]],
+    shapes: Mapping[str, Sequence[int]],
+) -> int:
+    """The index of the profile that takes all shapes and is tuned for the nearest ones.
+
+    Args:
+        graph: the engine's name, for the error.
+        profiles: for each the range of every input.
+        shapes: of every input.
+
+    Raises:
+        UserError: if no profile takes them.
+    """
+    misfits = [[n for n, s in shapes.items() if not profile[n].holds(s)] for profile in profiles]
+    distances = [sum(profile[n].distance(s) for n, s in shapes.items()) for profile in profiles]
+    best = min(range(len(profiles)), key=lambda i: (len(misfits[i]), distances[i]))
+    if not misfits[best]:
+        return best
+    ranges, name = profiles[best], misfits[best][0]
+    rows, most = shapes[name][0], ranges[name].most[0]
+    # The batch alone is to blame if every other axis fits.
+    if rows > most and all(ranges[n].holds(shapes[n], first_axis=1) for n in misfits[best]):
+        raise UserError(
+            f"the {graph} engine takes {most} rows at most (an image has 1, or 2 with guidance "
+            f"in decode), not {rows}: use a smaller --batch, or build the bundle with a "
+            f"--max-batch for {rows} rows"
+        )
+    raise UserError(
+        f"the {graph} engine takes {name} of {list(ranges[name].least)} to "
+        f"{list(ranges[name].most)}, not {list(shapes[name])}: use the bundle's own schedule, or "
+        "build a bundle with this one (--schedule)"
+    )
+
+
+# ---------------------------------------------------------------------------- module and files
+
+
+def import_tensorrt(backend: str) -> Any:
+    """The Python module of a backend.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    name = MODULES[backend]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        raise UserError(
+            f"this bundle needs {package}, which does not load here ({first_line(error)}): "
+            f"install it with `pip install {package}`"
+        ) from error
+
+
+def find_gpu(device: str) -> torch.device:
+    """The torch device with its index.
+
+    Raises:
+        UserError: if torch cannot use it.
+    """
+    try:
+        torch.cuda.init()
+        index = torch.device(device).index
+        found = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+        torch.cuda.get_device_properties(found)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"TensorRT needs an NVIDIA GPU, but torch cannot use {device} here "
+            f"({first_line(error)}): see that nvidia-smi lists it and that torch is a CUDA build, "
+            "or use a bundle built with --backend onnxruntime"
+        ) from error
+    return found
+
+
+def make_logger(trt: Any) -> Any:
+    """An ILogger that prints nothing and keeps the last errors for `take()`."""
+
+    class ErrorKeeper(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._errors: deque[str] = deque(maxlen=10)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self._errors.append(msg)
+
+        def take(self) -> str:
+            """The errors since the last call, the oldest first."""
+            errors = "\n".join(self._errors)
+            self._errors.clear()
+            return errors
+
+    return ErrorKeeper()
+
+
+def open_runtime(trt: Any, logger: Any) -> Any:
+    """A TensorRT runtime on the current GPU.
+
+    Raises:
+        UserError: if TensorRT does not run with this driver.
+    """
+    try:
+        return trt.Runtime(logger)
+    except (RuntimeError, TypeError) as error:  # what its constructor makes of a null pointer
+        raise UserError(
+            f"{trt.__name__} {trt.__version__} does not start here: "
+            f"{explain(logger.take() or first_line(error))}"
+        ) from error
+
+
+def deserialize(trt: Any, runtime: Any, logger: Any, path: Path, gpu: str) -> Any:
+    """The engine in a file.
+
+    Raises:
+        UserError: if it is damaged, or not for this version and GPU, or too large; `gpu` is the
+            GPU's name, for the error.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    logger.take()
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        reason = logger.take()
+        if hasattr(trt, "EngineInvalidityDiagnostics"):
+            _, flags = runtime.get_engine_validity(content)
+            known = trt.EngineInvalidityDiagnostics.__members__.items()
+            reason = " ".join(name for name, flag in known if flags & flag.value) or reason
+        raise UserError(
+            f"{path} does not load with {trt.__name__} {trt.__version__} on {gpu}: "
+            f"{explain(reason)}"
+        )
+    return engine
+
+
+def refit(trt: Any, engine: Any, logger: Any, path: Path) -> None:
+    """Gives an engine that was built without weights those of an ONNX file.
+
+    Raises:
+        UserError: if they are not its own.
+    """
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not (parser.refit_from_file(str(path)) and refitter.refit_cuda_engine()):
+        raise UserError(
+            f"the engine does not take its weights from {path}: {explain(logger.take())}"
+        )
+
+
+def load_cache(config: Any, path: Path | None) -> Any:
+    """TensorRT-RTX's cache of compiled kernels, filled from a file if there is a fitting one."""
+    cache = config.create_runtime_cache()
+    if path is not None and path.is_file():
+        # One of another GPU, driver or version is refused, and replaced at the next save.
+        with contextlib.suppress(OSError):
+            cache.deserialize(path.read_bytes())
+    return cache
+
+
+def explain(reason: str) -> str:
+    """What TensorRT's errors mean and what to do, or their first line where that is unknown."""
+    for pattern, meaning in PROBLEMS:
+        if re.search(pattern, reason, re.IGNORECASE):
+            return meaning
+    line = reason.splitlines()[0] if reason else "TensorRT gives no reason"
+    return f"{line}; build the bundle again"
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, without a full stop."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")
