@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(number, interrupt)
     try:
-        commands.main(arguments, prog_name="lpd-export", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = say_warning
+            commands.main(arguments, prog_name="lpd-export", standalone_mode=False)
     except UserError as error:
         fail(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -62,6 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         what = f"use {error.filename}" if error.filename else "write the result"
         fail(f"cannot {what}: {error.strerror or error}")
+
+
+def say_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a line for the user, without the place in the code that it comes from."""
+    click.echo(f"lpd-export: {message}", err=True)
 
 
 def interrupter() -> Callable[[int, object], None]:
@@ -563,6 +571,9 @@ def inspect(bundle: str, classes: bool, batch: int, as_json: bool) -> None:
     if batch < 1:
         raise UserError(f"--batch must be at least 1, but it is {batch}")
     opened = Bundle.open(bundle)
+    limit = opened.manifest.max_batch
+    if limit is not None and batch > limit:
+        raise UserError(f"{bundle} takes batches of up to {limit} images, not {batch}")
     if classes:
         if as_json:
             print_json(opened.manifest.class_names)

@@ -42,10 +42,15 @@ class Projection(nn.Module):
     `nn.Linear` would leave a Transpose of every weight in the file, to be undone by each backend.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
-        self.bias = linear.bias
+        self.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Projection:
+        """The projection of a whole linear layer."""
+        return cls(linear.weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x @ self.weight
@@ -60,25 +65,26 @@ class DecodeBlock(nn.Module):
         assert isinstance(block, Block)
         self.heads = block.attn.heads
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.qkv = Projection(block.attn.qkv)
-        self.proj = Projection(block.attn.proj)
-        self.fc1 = Projection(block.mlp.fc1)
-        self.fc2 = Projection(block.mlp.fc2)
+        # Three products, which TensorRT merges: of one and a split it would make FP16 from INT8.
+        weights, biases = (part.chunk(3) for part in (block.attn.qkv.weight, block.attn.qkv.bias))
+        self.query, self.key, self.value = map(Projection, weights, biases)
+        self.proj = Projection.of(block.attn.proj)
+        self.fc1 = Projection.of(block.mlp.fc1)
+        self.fc2 = Projection.of(block.mlp.fc2)
 
-    def split_heads(self, x: Tensor) -> Tensor:
+    def heads_of(self, x: Tensor) -> Tensor:
         """[R, H, T, d] of [R, T, D]."""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(
         self, x: Tensor, mask: Tensor, write_index: Tensor, past_key: Tensor, past_value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dim = x.shape[2]
-        query, key, value = self.qkv(self.norm1(x)).split([dim, dim, dim], dim=2)
-        present_key = tensor_scatter(past_key, self.split_heads(key), write_index)
-        present_value = tensor_scatter(past_value, self.split_heads(value), write_index)
-        mixed = F.scaled_dot_product_attention(
-            self.split_heads(query), present_key, present_value, attn_mask=mask
-        )
+        normed = self.norm1(x)
+        key, value = self.heads_of(self.key(normed)), self.heads_of(self.value(normed))
+        present_key = tensor_scatter(past_key, key, write_index)
+        present_value = tensor_scatter(past_value, value, write_index)
+        query = self.heads_of(self.query(normed))
+        mixed = F.scaled_dot_product_attention(query, present_key, present_value, attn_mask=mask)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x, present_key, present_value
@@ -103,7 +109,7 @@ class Decode(nn.Module):
         self.z_proj_ln = model.z_proj_ln
         self.blocks = nn.ModuleList(map(DecodeBlock, model.blocks))
         self.norm = model.norm
-        self.head = Projection(model.head)
+        self.head = Projection.of(model.head)
 
     def forward(
         self,

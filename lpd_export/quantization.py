@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -63,7 +63,8 @@ def simulate_layer(
     assert exact_weight is not None
     assert exact_weight.dtype is not None
     step = activation_range / LEVELS
-    rounded = _round_trip(graph, node, activation, step, False, exact_weight.dtype)
+    levels_of_activation = _quantized(graph, node, activation, step, False, exact_weight.dtype)
+    rounded = _dequantized(graph, node, levels_of_activation)
     if not weight:
         return rounded, activation
     levels = _dequantized_weight(graph, node, exact_weight, layer.operator)
@@ -87,18 +88,18 @@ def quantize_weight(
 def quantize(
     model: ir.Model,
     layers: Mapping[str, float],
-    unsigned_convolutions: bool = False,
+    unsigned: bool = False,
 ) -> None:
     """Puts Q/DQ pairs around the weights and activations of layers, in place.
 
     Args:
         model: a graph in any float type, which the DequantizeLinears give back.
         layers: the largest magnitude of a layer's activation, by the layer's node name.
-        unsigned_convolutions: let convolutions' activations be uint8 around 128, which ONNX
-            Runtime's CPU kernels want; TensorRT takes int8 alone. The levels are the same.
+        unsigned: let activations be uint8 around 128, which ONNX Runtime's CPU kernels want;
+            TensorRT takes int8 alone. The levels are the same.
     """
     graph = model.graph
-    pairs: dict[tuple[str, float, bool], ir.Value] = {}
+    quantized: dict[tuple[str, float, bool], Levels] = {}
     for layer in quantizable_layers(model):
         if layer.node not in layers:
             continue
@@ -109,25 +110,33 @@ def quantize(
         float_type = weight.dtype
         assert float_type is not None
         scale = layers[layer.node] / LEVELS
-        unsigned = unsigned_convolutions and layer.operator == "Conv"
         key = (layer.activation, scale, unsigned)
-        if key not in pairs:
-            pairs[key] = _round_trip(graph, node, activation, scale, unsigned, float_type)
-        node.replace_input_with(0, pairs[key])
+        if key not in quantized:
+            quantized[key] = _quantized(graph, node, activation, scale, unsigned, float_type)
+        node.replace_input_with(0, _dequantized(graph, node, quantized[key]))
         node.replace_input_with(1, _dequantized_weight(graph, node, weight, layer.operator))
         if not weight.uses():
             del graph.initializers[layer.weight]
 
 
-def _round_trip(
+class Levels(NamedTuple):
+    """A value as integers, with what turns them back."""
+
+    value: ir.Value
+    step: ir.Value
+    zero: ir.Value
+    scale: float
+
+
+def _quantized(
     graph: ir.Graph,
     before: ir.Node,
     activation: ir.Value,
     scale: float,
     unsigned: bool,
     float_type: ir.DataType,
-) -> ir.Value:
-    """An activation as its nearest levels, back in the float type."""
+) -> Levels:
+    """An activation as its nearest levels."""
     # The step is part of the name: one activation may be tried with several.
     stem = f"{before.name}/activation/{scale:.6g}"
     step = _constant(graph, f"{stem}_scale", _as_type(np.float32(scale), float_type), float_type)
@@ -136,13 +145,25 @@ def _round_trip(
     zero = _constant(graph, f"{stem}_zero_point", np.asarray(middle), level_type)
     levels = ir.node("QuantizeLinear", [activation, step, zero], name=f"{stem}/QuantizeLinear")
     levels.outputs[0].dtype, levels.outputs[0].shape = level_type, activation.shape
+    levels.outputs[0].name = levels.name
+    graph.insert_before(before, levels)
+    return Levels(levels.outputs[0], step, zero, scale)
+
+
+def _dequantized(graph: ir.Graph, before: ir.Node, levels: Levels) -> ir.Value:
+    """Levels back in the float type, for one layer alone.
+
+    ONNX Runtime makes an integer product only of a layer whose DequantizeLinear is its own.
+    """
     back = ir.node(
-        "DequantizeLinear", [levels.outputs[0], step, zero], name=f"{stem}/DequantizeLinear"
+        "DequantizeLinear",
+        [levels.value, levels.step, levels.zero],
+        name=f"{before.name}/activation/{levels.scale:.6g}/DequantizeLinear",
     )
-    back.outputs[0].dtype, back.outputs[0].shape = float_type, activation.shape
-    for new in (levels, back):
-        new.outputs[0].name = new.name
-        graph.insert_before(before, new)
+    back.outputs[0].name = back.name
+    back.outputs[0].type = levels.step.type
+    back.outputs[0].shape = levels.value.shape
+    graph.insert_before(before, back)
     return back.outputs[0]
 
 

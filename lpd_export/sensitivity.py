@@ -126,7 +126,7 @@ class Chooser:
     def _try(self, graph: str, ranges: Mapping[str, float]) -> float:
         """The target's measure with these layers quantized."""
         model = ir.load(self._graphs / f"{graph}.onnx")
-        quantize(model, ranges, unsigned_convolutions=True)
+        quantize(model, ranges, unsigned=True)
         export.write_models({graph: model}, self._scratch)
         trial = self._pipeline(self._scratch)
         measure = {"decode": self._kl, "detokenize": self._psnr, "tokenize": self._agreement}

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from commandline import Answer, answer, end, entries, mistake, sentence, start, 
 from PIL import Image
 
 import lpd_export.build
+import lpd_export.settings
 from lpd_export.build import build
 from lpd_export.bundle import MANIFEST, Bundle
 from lpd_export.errors import UserError
@@ -146,7 +148,7 @@ def test_what_res_alone_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             return DEMO_WEIGHTS / "vq_emoji32.pt"
         raise CheckpointError("no hub here")
 
-    monkeypatch.setattr(lpd_export.build, "locate", locate)
+    monkeypatch.setattr(lpd_export.settings, "locate", locate)
     for options, repository in (
         (["--res", 256], "mit-han-lab/lpd_l_256"),
         (["--model", "lpd-xxl"], "mit-han-lab/lpd_xxl_256"),
@@ -427,12 +429,19 @@ def test_a_bundle_that_computes_something_else(
             steps=4,
         )
         source = lpd_export.build.load(request, print)
-        check = lpd_export.build.reference_check(source, lpd_export.build.settle(request, source))
+        settings = lpd_export.build.settle(request, source)
+        check = lpd_export.build.reference_check(source, settings)
+        manifest, told = Bundle.open(small_bundle).manifest, list[str]()
+        compare = partial(
+            lpd_export.build.compare_with_reference,
+            *(small_bundle / "onnx", manifest, settings, check, told.append),
+        )
         if change is None:
-            lpd_export.build.compare_with_reference(small_bundle, check)
+            compare()
+            assert told == ["comparing the graphs with the reference"]
             continue
         with pytest.raises(UserError, match=f"^the bundle was not written: {message}"):
-            lpd_export.build.compare_with_reference(small_bundle, check)
+            compare()
 
 
 @pytest.mark.parametrize(

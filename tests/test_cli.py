@@ -1,21 +1,24 @@
 """The command line: help, JSON, exit codes, and the one line that answers a mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commandline import COMMAND, answer, end, entries, mistake, sentence, start
 from PIL import Image
 
 import lpd_export.cli
+from lpd_export.bundle import Bundle
 from lpd_export.cli import commands
 from lpd_export.schedule import Schedule
 
 COMMANDS = (["build"], ["run"], ["schedule", "make"], ["schedule", "check"], ["schedule", "show"])
-COMMANDS += (["inspect"],)
+COMMANDS += (["inspect"], ["doctor"])
 
 
 def printed(*arguments: object) -> Any:
@@ -78,6 +81,10 @@ def test_version() -> None:
         ("inspect a b", "Got unexpected extra argument (b)"),
         ("schedule make --res 256 --steps 20", "Missing option '--out'"),
         ("schedule check", "Missing argument 'FILE'"),
+        ("doctor a", "Got unexpected extra argument (a) (see `lpd-export doctor --help`)"),
+        ("run a --device tpu --out b", "'tpu' is not one of 'cpu', 'cuda'"),
+        ("inspect a --batch 0", "--batch must be at least 1, but it is 0"),
+        ("inspect a --batch many", "'many' is not a valid integer"),
     ],
 )
 def test_words_that_mean_nothing(arguments: str, message: str) -> None:
@@ -246,12 +253,56 @@ def test_inspect(small_bundle: Path) -> None:
     assert ["3", str(phases[2]), str(phases[3])] in [words[:3] for words in lines]
 
 
+def memory(bundle: Path, *options: object) -> tuple[int, int, int]:
+    """What `inspect` says that a batch needs in MB: in all, weights, caches and logits."""
+    said = answer("inspect", bundle, *options)
+    parts = r"memory +(\d+) MB for a batch of \d+ with guidance: (\d+) weights, (\d+) caches and"
+    found = re.search(parts, said.out)
+    assert found, said
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def test_memory_of_a_batch(demo_bundle: Path) -> None:
+    manifest = Bundle.open(demo_bundle).manifest
+    model, queries = manifest.model, max(phase.queries for phase in manifest.phases)
+    # Of the two rows of an image, in float32: a key and a value a block, and the logits.
+    cache = 2 * 4 * 2 * model.depth * (model.grid**2 + 1) * model.dim
+    image = cache + 2 * 4 * queries * model.vocab_size
+    weights = manifest.files["onnx/weights.data"].size
+    for batch in (1, 4, 100):
+        expected = [weights + batch * image, weights, batch * image]
+        said = memory(demo_bundle, "--batch", batch)
+        assert list(said) == [round(size / 1e6) for size in expected]
+    assert memory(demo_bundle) == memory(demo_bundle, "--batch", 1)
+
+
 def test_the_classes_of_a_bundle(small_bundle: Path) -> None:
     said = answer("inspect", small_bundle, "--classes")
     assert said.out.splitlines()[0].split() == ["0", "red", "panda,", "firefox"]
     assert [line.split()[0] for line in said.out.splitlines() if line] == ["0", "1", "2", "3", "4"]
     names = json.loads(answer("inspect", small_bundle, "--classes", "--json").out)
     assert names[3] == ["Crane", "bird"]
+
+
+# ---------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")
+    found = printed("doctor")
+    assert found["facts"]["packages"]["torch"]["version"] == torch.__version__
+    assert found["folder"] == str(tmp_path / "engines")
+    assert found["hub"]["endpoint"] == "http://localhost:9"
+    able = {(a["precision"], a["backend"], a["device"]): a for a in found["abilities"]}
+    assert able["fp32", "onnxruntime", "cpu"]["run"] == {"possible": True, "missing": []}
+    assert able["bf16", "onnxruntime", "cpu"]["build"]["possible"] is False
+    said = end(start("doctor"))
+    assert (said.code, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert lines[0] == f"lpd-export {lpd_export.__version__} on this machine"
+    assert "  onnxruntime, CPU  yes    yes    no     no     yes    yes    yes    yes" in lines
+    assert entries(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------- standard output

@@ -197,7 +197,7 @@ def test_decode_onnx_is_one_attention_and_two_scatters_a_layer(
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
     assert counts["Attention"] == depth
     assert counts["TensorScatter"] == 2 * depth
-    assert counts["MatMul"] == 4 * depth + 1
+    assert counts["MatMul"] == 6 * depth + 1
     assert counts["LayerNormalization"] == 2 * depth + 2
     assert counts["Gelu"] == depth
     # A transposed copy of a weight would be made anew by every backend.

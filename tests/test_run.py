@@ -1,6 +1,7 @@
 """Runs: images, their records and the contact sheet, whatever is asked for and whenever it ends."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commandline import Answer, answer, end, entries, mistake, sentence, start, wait_for
 from numpy.typing import NDArray
 from PIL import Image
@@ -243,6 +245,16 @@ def test_requests_that_cannot_be_met(
     before = entries(tmp_path)
     assert message in mistake("run", small_bundle, *options.split(), "--out", "a/b")
     assert entries(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(small_bundle: Path, tmp_path: Path) -> None:
+    options = ["--class", "0", "--device", "cuda", "--out", tmp_path / "a/b"]
+    said = mistake("run", small_bundle, *options)
+    assert re.search("ONNX Runtime has no CUDAExecutionProvider here|torch sees no CUDA GPU", said)
+    assert "use the CPU" in said
+    assert entries(tmp_path) == []
+    assert answer("run", small_bundle, *options[:-1], tmp_path / "a", "--device", "cpu").code == 0
 
 
 def test_where_images_cannot_go(small_bundle: Path, tmp_path: Path) -> None:

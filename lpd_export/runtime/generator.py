@@ -83,8 +83,24 @@ class Generator:
         The returned tensors are the generator's own buffers: the next call overwrites them.
 
         Raises:
-            UserError: if the logits of a step are not finite.
+            UserError: if the logits of a step are not finite, or memory does not suffice.
         """
+        try:
+            return self._generate(labels, orders, uniform, sampling, on_step)
+        except torch.OutOfMemoryError as error:
+            self._batch = None
+            raise UserError(
+                f"a batch of {len(labels)} does not fit in the GPU's memory: use a smaller batch"
+            ) from error
+
+    def _generate(
+        self,
+        labels: Sequence[int | None],
+        orders: Tensor,
+        uniform: Tensor,
+        sampling: Sampling,
+        on_step: Callable[[int], None],
+    ) -> tuple[Tensor, Tensor]:
         size, guided = len(labels), sampling.guided
         if self._batch is None or (self._batch.size, self._batch.guided) != (size, guided):
             self._batch = None  # frees the caches before there are others
@@ -209,6 +225,7 @@ class Batch:
         # Guidance is in a buffer; these are constants of the launched operations.
         fixed = sampling.temperature, sampling.top_k, sampling.top_p
         if fixed not in self._recordings:
+            self._recordings.clear()  # each holds memory of its own
             work = partial(self._launch, sampling, lambda step: None)
             self._recordings[fixed] = self._executor.record(work)
         self._recordings[fixed]()
