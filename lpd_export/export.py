@@ -23,7 +23,7 @@ import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common as passes
 from onnxscript.onnx_opset import opset24
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim
 
 from lpd_export.graphs import Decode, Detokenize, Tokenize
@@ -251,8 +251,3 @@ def load_shapes(path: Path) -> dict[str, list[int | str]]:
         value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
     }
-
-
-def reference_tensor(value: ir.TensorProtocol) -> Tensor:
-    """A model's tensor as a torch tensor."""
-    return torch.from_numpy(value.numpy())

@@ -22,6 +22,7 @@ from lpd_export import __version__, export
 from lpd_export.bundle import GRAPH_NAMES, Manifest
 from lpd_export.calibration import IMAGES, Calibration, Calibrator
 from lpd_export.casting import check_ranges, lower
+from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256, write_atomically
 from lpd_export.quantization import quantize
 from lpd_export.schedule import Schedule
@@ -92,8 +93,13 @@ class PrecisionWriter:
         """Measures the graphs at work, or takes what was measured of these very graphs before."""
         known = cache_folder() / f"calibration-{self._content_key(with_layers)}.json"
         if known.is_file():
-            report(f"taking measured ranges from {known}")
-            return Calibration.from_json(known.read_text(encoding="utf-8"))
+            try:
+                calibration = Calibration.from_json(known.read_text(encoding="utf-8"))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                report(f"{known} is damaged: measuring again")
+            else:
+                report(f"taking measured ranges from {known}")
+                return calibration
         calibrator = Calibrator(self.exact, self.scratch, self.manifest, self.schedule)
         report("measuring the range of every value at work")
         calibration = Calibration(calibrator.ranges())
@@ -101,8 +107,11 @@ class PrecisionWriter:
             report("measuring the noise of every quantized layer")
             layers = calibrator.layers(calibration.ranges)
             calibration = Calibration(calibration.ranges, layers)
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, calibration.to_json().encode())
+        try:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(known, calibration.to_json().encode())
+        except (OSError, UserError) as error:
+            report(f"what was measured is not kept for the next build: {error}")
         return calibration
 
     def _content_key(self, with_layers: bool) -> str:

@@ -48,6 +48,11 @@ def quantizable_layers(model: ir.Model) -> list[Layer]:
     ]
 
 
+def step_of(activation_range: float) -> float:
+    """The distance of two levels; any will do for an activation that was always 0."""
+    return (activation_range or 1.0) / LEVELS
+
+
 def simulate_layer(
     model: ir.Model, layer: Layer, activation_range: float, weight: bool
 ) -> tuple[ir.Value, ir.Value]:
@@ -62,7 +67,7 @@ def simulate_layer(
     assert activation is not None
     assert exact_weight is not None
     assert exact_weight.dtype is not None
-    step = activation_range / LEVELS
+    step = step_of(activation_range)
     levels_of_activation = _quantized(graph, node, activation, step, False, exact_weight.dtype)
     rounded = _dequantized(graph, node, levels_of_activation)
     if not weight:
@@ -109,7 +114,7 @@ def quantize(
         assert weight is not None
         float_type = weight.dtype
         assert float_type is not None
-        scale = layers[layer.node] / LEVELS
+        scale = step_of(layers[layer.node])
         key = (layer.activation, scale, unsigned)
         if key not in quantized:
             quantized[key] = _quantized(graph, node, activation, scale, unsigned, float_type)

@@ -33,6 +33,7 @@ from lpd_export.quantization import (
     quantize,
     quantize_weight,
     simulate_layer,
+    step_of,
 )
 from lpd_export.recipe import BuildRequest, read_recipe
 from lpd_export.sensitivity import TARGETS, Chooser, mean_kl
@@ -382,3 +383,38 @@ def test_kl_is_zero_for_itself_and_what_it_is_otherwise() -> None:
     q = torch.tensor([[0.25, 0.5, 0.25]]).log()
     assert mean_kl(p, p) == 0
     assert mean_kl(p, q) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+
+
+def test_a_layer_that_was_never_used_is_quantized_without_a_division_by_zero() -> None:
+    assert step_of(0.0) > 0
+    assert step_of(2.0) == 2.0 / LEVELS
+
+
+def test_a_damaged_measurement_is_made_again(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told: list[str] = []
+
+    def build_in(out: str) -> None:
+        request = BuildRequest(
+            checkpoint=str(small_weights / "lpd.pth"),
+            tokenizer=str(small_weights / "vq.pt"),
+            steps=4,
+            precision="fp16",
+            out=str(tmp_path / out),
+        )
+        build(request, report=told.append)
+
+    build_in("first")
+    (kept,) = (tmp_path / "cache").rglob("calibration-*.json")
+    whole = kept.read_text()
+    kept.write_text(whole[:100])
+    build_in("second")
+    assert f"{kept} is damaged: measuring again" in told
+    assert json.loads(kept.read_text()) == json.loads(whole)
+    kept.unlink()
+    kept.parent.rmdir()
+    kept.parent.write_text("a file where the folder should be")
+    build_in("third")
+    assert any(line.startswith("what was measured is not kept") for line in told)
