@@ -39,7 +39,7 @@ from lpd_export.engine import Progress
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
 from lpd_export.pipeline import Pipeline
-from lpd_export.precision import PrecisionWriter, compute_precision
+from lpd_export.precision import PrecisionWriter, compute_precision, read_kept_layers
 from lpd_export.recipe import BuildRequest
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.settings import (
@@ -79,6 +79,7 @@ def build(
         UserError: if the request cannot be met; nothing is then left on disk.
     """
     check_request(request)
+    kept_layers = read_kept_layers(Path(request.keep_layers)) if request.keep_layers else {}
     if request.out:
         check_destination(Path(request.out), request.force)
     source = load(request, report)
@@ -96,7 +97,9 @@ def build(
         if request.precision == "fp32":
             exact.rename(onnx_folder)
         else:
-            writer = PrecisionWriter(exact, folder / "scratch", manifest, settings.schedule)
+            writer = PrecisionWriter(
+                exact, folder / "scratch", manifest, settings.schedule, kept_layers
+            )
             decided = writer.write(onnx_folder, report)
             manifest = dataclasses.replace(manifest, calibration=decided)
             shutil.rmtree(exact)

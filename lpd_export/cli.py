@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -25,7 +24,10 @@ import click
 from lpd_export.errors import Interrupted, UserError
 from lpd_export.recipe import CHOICES, BuildRequest
 from lpd_export.recipes import named_recipe
+from lpd_export.strict_json import strict_json
 
+EXIT_FAILED = 1
+"""A verification that did not pass."""
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 DEAF_SECONDS = 1
@@ -125,15 +127,7 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def print_json(result: Any) -> None:
     """Strict JSON: what is not a number is null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(entry) for entry in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    click.echo(json.dumps(plain(result), indent=1, allow_nan=False, default=str))
+    click.echo(strict_json(result))
 
 
 # ------------------------------------------------------------------------------------ build
@@ -169,6 +163,11 @@ def print_json(result: Any) -> None:
     "--precision",
     type=click.Choice(CHOICES["precision"]),
     help="Of weights and activations.  [default: fp32]",
+)
+@click.option(
+    "--keep-layers",
+    metavar="FILE.json",
+    help="INT8: leave these layers in higher precision, as found by `verify --bisect`.",
 )
 @click.option(
     "--backend",
@@ -255,16 +254,18 @@ def stages() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], 
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda stage: click.echo(stage, err=True), lambda stage, step, steps: None
-        return
     columns = (
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}{task.fields[detail]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stderr_of_its_own())
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            yield lambda stage: click.echo(stage, err=True), lambda stage, step, steps: None
+            return
+        progress = stack.enter_context(Progress(*columns, console=console))
 
         def finish() -> None:
             for task in progress.tasks:
@@ -279,6 +280,17 @@ def stages() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], 
 
         yield report, advance
         finish()
+
+
+@contextlib.contextmanager
+def stderr_of_its_own() -> Iterator[None]:
+    """Leads sys.stderr past file descriptor 2, which is the log's while TensorRT compiles."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(AttributeError, OSError):  # closed, or not a file
+            encoding, errors = sys.stderr.encoding, sys.stderr.errors
+            another = os.fdopen(os.dup(sys.stderr.fileno()), "w", 1, encoding, errors)
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(another)))
+        yield
 
 
 def folder_size(folder: Path) -> int:
@@ -319,6 +331,9 @@ def folder_size(folder: Path) -> int:
 )
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option("--save-tokens", metavar="FILE.npy", help="Also save the token ids [images, cells].")
+@click.option(
+    "--trace", is_flag=True, help="Also save each image after each of its steps, in DIR/trace."
+)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in the same folder.")
 @click.option("--out", metavar="DIR", required=True, help="New folder for the images.")
 @json_option
@@ -331,12 +346,16 @@ def run(
 ) -> None:
     """Generates images: a PNG each, a contact sheet, and images.jsonl.
 
+    With --trace one sees how the steps fill an image in: it is decoded after each of them, cells
+    that are not there yet left blank.
+
     \b
     Examples:
       lpd-export run engines/demo --class heart monkey-face -n 4 --out images
       lpd-export run engines/lpd-l-256-fp32 --class 207 "red panda" --seed 1 --out images
+      lpd-export run engines/demo --class heart --trace --out steps
     """
-    from lpd_export.run import RunRequest, generate_images
+    from lpd_export.run import TRACES, RunRequest, generate_images
 
     request = RunRequest(
         bundle=Path(bundle),
@@ -348,9 +367,10 @@ def run(
     if as_json:
         print_json(result.as_json())
     else:
+        steps = f"; steps in {request.out / TRACES}" if request.trace else ""
         click.echo(
             f"{result.made} image{'s' * (result.made != 1)} in {result.seconds:.1f} s, written to "
-            f"{request.out}; contact sheet {result.contact_sheet}"
+            f"{request.out}; contact sheet {result.contact_sheet}{steps}"
         )
 
 
@@ -401,6 +421,104 @@ def tell_each_tenth() -> Callable[[Any], None]:
             click.echo(advance.describe(), err=True)
 
     return advance
+
+
+# ----------------------------------------------------------------------------------- verify
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    default="reference",
+    show_default=True,
+    metavar="reference|OTHER_BUNDLE",
+    help="What the bundle is compared with.",
+)
+@click.option(
+    "--checkpoint",
+    metavar="FILE|hf:ORG/NAME",
+    help="The reference's LPD weights.  [default: those that the bundle was made from]",
+)
+@click.option(
+    "--tokenizer", metavar="FILE|hf:ORG/NAME/FILE", help="The reference's tokenizer, likewise."
+)
+@click.option("--images", type=int, default=8, show_default=True, help="Images to compare.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of these images.")
+@click.option(
+    "--threshold",
+    "thresholds",
+    multiple=True,
+    metavar="METRIC=LIMIT",
+    help="Another limit than the precision's; may be repeated.",
+)
+@click.option(
+    "--by-layer", is_flag=True, help="Also compare the output of every layer, on the CPU."
+)
+@click.option("--bisect", is_flag=True, help="INT8: find the fewest layers that must be spared.")
+@click.option(
+    "--save-phases",
+    metavar="PHASE,...|all|none",
+    help="Phases to leave for Polygraphy.  [default: a few, and the first that fails]",
+)
+@click.option(
+    "--onnx", is_flag=True, help="Run the ONNX graphs on the CPU, not the engines made of them."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where ONNX Runtime runs the graphs; engines run on a GPU.  [default: cpu]",
+)
+@click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder of the report.  [default: BUNDLE-verification]",
+)
+@json_option
+def verify(bundle: Path, thresholds: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Compares a bundle with the PyTorch reference, phase by phase and end to end.
+
+    Every phase is run on the same inputs through Polygraphy; whole images are drawn from the same
+    random numbers. The exit code is 1 if a threshold of the bundle's precision does not hold.
+
+    \b
+    Examples:
+      lpd-export verify engines/demo
+      lpd-export verify engines/demo-int8 --images 64 --by-layer
+      lpd-export verify engines/demo-fp16 --against engines/demo
+      lpd-export verify engines/demo-int8 --threshold sequence_kl=0.005 --bisect
+    """
+    with stages() as (report, _):
+        report("loading torch and Polygraphy")
+        from lpd_export.accuracy.sides import SidesRequest
+        from lpd_export.accuracy.verify import VerifyRequest
+        from lpd_export.accuracy.verify import verify as verify_bundle
+
+        names = ("against", "checkpoint", "tokenizer", "device", "threads", "onnx")
+        request = VerifyRequest(
+            SidesRequest(bundle, **{name: options[name] for name in names}),
+            images=options["images"],
+            seed=options["seed"],
+            thresholds=thresholds,
+            by_layer=options["by_layer"],
+            bisect=options["bisect"],
+            save_phases=options["save_phases"],
+            out=options["out"],
+        )
+        verification = verify_bundle(request, report)
+    if as_json:
+        print_json(verification.as_json())
+    else:
+        from rich.console import Console
+
+        from lpd_export.accuracy.report import print_table
+
+        print_table(verification, Console())
+        click.echo(f"report: {request.folder / 'report.html'}")
+    if not verification.passed:
+        sys.exit(EXIT_FAILED)
 
 
 # --------------------------------------------------------------------------------- schedule

@@ -27,6 +27,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from lpd_export.casting import WIDEST_FUSED_HEAD
 from lpd_export.errors import UserError
 from lpd_export.schedule import Phase
 
@@ -90,28 +91,6 @@ def decode_profiles(phases: Sequence[Phase], max_batch: int) -> tuple[Profile, .
 def tokenizer_profiles(max_batch: int) -> tuple[Profile, ...]:
     """The one profile of detokenize.onnx and tokenize.onnx: 1 to `max_batch` images."""
     return ({"batch": AxisRange(1, max_batch, max_batch)},)
-
-
-def profile_of_phase(profiles: Sequence[Profile], phase: Phase, rows: int) -> int:
-    """The index of the profile in which a phase of so many rows runs.
-
-    Raises:
-        UserError: if no profile takes it, saying what the engine takes.
-    """
-    sizes = {"rows": rows, "context_tokens": phase.context, "tokens": phase.tokens}
-    for index, profile in enumerate(profiles):
-        if all(profile[a].minimum <= size <= profile[a].maximum for a, size in sizes.items()):
-            return index
-    most_rows = max(profile["rows"].maximum for profile in profiles)
-    if rows > most_rows:
-        raise UserError(
-            f"the engine takes {most_rows} rows at most (an image has 1, or 2 with guidance), not "
-            f"{rows}: use a smaller --batch, or build with a larger --max-batch"
-        )
-    raise UserError(
-        f"the engine was not built for a step of {phase.context} context tokens and "
-        f"{phase.queries} queries: use the schedule that it was built with, or build it again"
-    )
 
 
 # ------------------------------------------------------------------------------------ options
@@ -293,6 +272,8 @@ def compile_graph(
     Raises:
         UserError: if TensorRT does not take the graph, or an attention would not be fused or a
             cache not be updated in place; the sentence names the node and the log.
+
+    Meanwhile file descriptor 2 leads to the log, since TensorRT writes there past every logger.
     """
     trt = load_tensorrt(options.backend)
     from polygraphy.backend.trt import (
@@ -322,7 +303,7 @@ def compile_graph(
         with _logged_to(log_path):
             built = _run_watched(engine, events, cancelled, progress)
     except PolygraphyException as error:
-        reason = _explain(log_path.read_text(encoding="utf-8"), options, facts)
+        reason = _explain(_read_log(log_path), options, facts)
         product = PRODUCTS[options.backend]
         raise UserError(
             f"{product} cannot compile {path.name}: {reason}; its log is {log_path}"
@@ -337,7 +318,7 @@ def compile_graph(
     report = EngineReport(
         backend=options.backend,
         backend_version=trt.__version__,
-        **_facts_of_log(log_path.read_text(encoding="utf-8"), inputs),
+        **_facts_of_log(_read_log(log_path), inputs),
         attentions=len(facts["attentions"]),
         decomposable_attentions=sum(facts["attentions"].values()),
         cache_updates=len(facts["cache_updates"]),
@@ -425,13 +406,14 @@ def _shapes(
 def _inspect(trt: Any, graph: str, path: Path, facts: dict[str, Any], network: Any) -> None:
     """Notes what TensorRT made of a graph, and refuses a decode graph that would be slow."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    attentions, updates = {}, {}
+    attentions, heads, updates = {}, {}, {}
     for layer in layers:
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
             attention = layer.attention
             attentions[attention.name] = attention.decomposable
             query, mask = attention.get_input(0), attention.mask
+            heads[attention.name] = query.shape[1], query.shape[3]
             if mask is not None and mask.dtype != query.dtype:
                 raise UserError(
                     f"the mask of {attention.name} in {path.name} is {mask.dtype.name}, its "
@@ -448,6 +430,7 @@ def _inspect(trt: Any, graph: str, path: Path, facts: dict[str, Any], network: A
         inputs=network.num_inputs,
         outputs=network.num_outputs,
         attentions=attentions,
+        heads=heads,
         cache_updates=updates,
     )
     if graph != "decode":
@@ -518,19 +501,44 @@ def _logged_to(path: Path) -> Iterator[None]:
     """Writes all that TensorRT and Polygraphy say to a file, and none of it on the terminal."""
     from polygraphy.logger import G_LOGGER
 
-    logger, handler = logging.getLogger("Polygraphy"), logging.FileHandler(path, "w", "utf-8")
+    path.write_bytes(b"")
+    # Appending, as do the writes past the logger: each goes to the end, none over another.
+    logger, handler = logging.getLogger("Polygraphy"), logging.FileHandler(path, "a", "utf-8")
     before = G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate
     G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
     G_LOGGER.once_logged.clear()  # what it said of another graph it should say of this one
     logger.setLevel(1)
     logger.addHandler(handler)
     try:
-        with G_LOGGER.verbosity(G_LOGGER.EXTRA_VERBOSE):
+        with G_LOGGER.verbosity(G_LOGGER.EXTRA_VERBOSE), _standard_error_to(path):
             yield
     finally:
         logger.removeHandler(handler)
         handler.close()
         G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = before
+
+
+@contextlib.contextmanager
+def _standard_error_to(path: Path) -> Iterator[None]:
+    """Leads file descriptor 2 to the end of a file: Myelin prints there past every logger."""
+    if sys.stderr is not None:
+        sys.stderr.flush()  # what was said before belongs where it was said
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed, and nobody would see what is printed
+        yield
+        return
+    try:
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def _read_log(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _facts_of_log(log: str, inputs: Iterable[str]) -> dict[str, Any]:
@@ -554,9 +562,11 @@ def _explain(log: str, options: EngineOptions, facts: Mapping[str, Any]) -> str:
     """Why a build failed, in words that help."""
     if "not supported by a dedicated kernel" in log:
         fused = [name for name, decomposable in facts["attentions"].items() if not decomposable]
+        heads, width = facts["heads"][fused[0]]
         return (
-            f"it has no fused attention kernel for nodes like {fused[0]}, whose heads must be at "
-            "most 256 wide"
+            f"it has no fused attention kernel for nodes like {fused[0]}, "
+            f"{_why_unfused(options.backend, heads, width)}; build in fp32, or with --backend "
+            "onnxruntime"
         )
     if "within workspace limit" in log:
         return f"a kernel needs more workspace than {options.workspace_mib} MiB"
@@ -569,3 +579,12 @@ def _explain(log: str, options: EngineOptions, facts: Mapping[str, Any]) -> str:
     errors = re.findall(r"^\[E\] (.*)", log, re.M) or ["it does not say why"]
     noise = r"^\S+ Error Code \d+: \w* ?\(?|\[[\w.]+:\d+: \S+\] ?| In \w+ at /.*"
     return re.sub(noise, "", errors[-1]).rstrip(". ")
+
+
+def _why_unfused(backend: str, heads: int, width: int) -> str:
+    """What keeps an attention from being fused, as far as it is known."""
+    if heads == 1 and backend == "tensorrt-rtx":
+        return "which have 1 head, where it takes 2 or more"
+    if width > WIDEST_FUSED_HEAD:
+        return f"whose heads are {width} wide, where it takes {WIDEST_FUSED_HEAD} at most"
+    return f"which have {heads} head{'s' * (heads != 1)} of width {width}"

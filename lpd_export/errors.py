@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
+class NumericalError(UserError):
+    """NaN or infinite values in a model: its weights or its precision are broken."""
+
+
 class Interrupted(Exception):  # noqa: N818, like KeyboardInterrupt it is no error
     """Work that was stopped on request; the sentence says what is there and how to go on."""

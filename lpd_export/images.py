@@ -1,4 +1,4 @@
-"""Pictures: pixels from the model's output, PNG files, contact sheets, drawings of schedules.
+"""Pictures: pixels from the model's output, PNGs, contact sheets, drawings of schedules and traces.
 
 This module knows Pillow and NumPy arrays. It does not know a model, a backend or a bundle; of a
 schedule it uses the orders and the group sizes, to draw them.
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from lpd_export.errors import UserError
+from lpd_export.errors import NumericalError, UserError
 from lpd_export.files import write_atomically
 from lpd_export.schedule import Schedule, step_of_cell
 
@@ -23,7 +23,9 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Colour = tuple[int, int, int]
 
 _WHITE, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (120, 124, 130)
-_BLANK, _NOW = (230, 232, 237), (214, 30, 84)
+_NOW = (214, 30, 84)
+BLANK = (230, 232, 237)
+"""The colour of a cell that is not generated yet."""
 
 # Step colours run through these, from dark to light, so that their order can be seen at a glance.
 _STEP_STOPS = [(46, 30, 105), (42, 92, 158), (28, 146, 150), (104, 192, 110), (247, 222, 92)]
@@ -42,8 +44,8 @@ _HEAD = 24  # pixels: the line of text above the scale and the stages
 def to_uint8(image: NDArray[np.floating[Any]]) -> Pixels:
     """Model output in [-1, 1] to pixels: [3, H, W] or [B, 3, H, W] float -> uint8 [..., H, W, 3].
 
-    Values beyond the range are clipped. Raises UserError if any is NaN or infinite, which is what
-    a numeric overflow leaves, or if the array is no image.
+    Values beyond the range are clipped. Raises NumericalError if any is NaN or infinite, which is
+    what a numeric overflow leaves, and UserError if the array is no image.
     """
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
         raise UserError(
@@ -52,7 +54,7 @@ def to_uint8(image: NDArray[np.floating[Any]]) -> Pixels:
         )
     for name, bad in (("NaN", np.isnan(image)), ("infinite values", np.isinf(image))):
         if bad.any():
-            raise UserError(
+            raise NumericalError(
                 f"the image holds {name} in {bad.sum()} of {bad.size} values: the model "
                 "overflowed; use a precision with more range (bf16 or fp32)"
             )
@@ -310,19 +312,77 @@ def _drawn_stages(schedule: Schedule, steps: NDArray[np.int32], colours: Pixels)
     image = Image.new("RGB", (columns * across - 20, _HEAD + rows * down), _WHITE)
     draw = ImageDraw.Draw(image)
     draw.text((0, 0), "red: this step's cells", _FAINT, font)
-    done = np.cumsum(schedule.group_sizes)
+    progress = _progress_captions(schedule.group_sizes)
     for place, step in enumerate(shown):
-        filled = np.where((steps <= step)[..., None], colours[steps], np.array(_BLANK, np.uint8))
+        filled = np.where((steps <= step)[..., None], colours[steps], np.array(BLANK, np.uint8))
         filled[steps == step] = _NOW
         row, column = divmod(place, columns)
         left, top = column * across, _HEAD + row * down
         image.paste(_drawn_grid(filled, cell), (left, top))
-        size = int(schedule.group_sizes[step])
-        caption = f"step {step}: {size} cell{'' if size == 1 else 's'}"
+        caption = _step_caption(step, int(schedule.group_sizes[step]))
         draw.text((left, top + side + 6), caption, _INK, font)
-        progress = f"{done[step]} of {schedule.cells} done"
-        draw.text((left, top + side + 6 + line), progress, _FAINT, faint)
+        draw.text((left, top + side + 6 + line), progress[step], _FAINT, faint)
     return image
+
+
+# ------------------------------------------------------------------------------ trace drawing
+
+
+def draw_trace(pictures: Pixels, group_sizes: NDArray[np.integer[Any]], title: str) -> Image.Image:
+    """How an image filled in: its picture after each step, in rows from left to right.
+
+    Each has the step and its cells under it, and how many are filled by then; the title is above
+    them. Pictures [K, H, W, 3] uint8 are scaled as on a contact sheet, to about 192 pixels, less
+    where there are many steps; group sizes are [K].
+
+    Raises UserError if they are no pictures, or not as many as steps.
+    """
+    steps = len(group_sizes)
+    if steps == 0 or len(pictures) != steps:
+        raise UserError(f"there are {len(pictures)} pictures for {steps} steps: give one a step")
+    for pixels in pictures:
+        _check_pixels(pixels)
+    # Wider than tall, with the last row as full as it can be.
+    widths = range(math.ceil(math.sqrt(steps)), math.ceil(math.sqrt(2 * steps)) + 1)
+    columns = min(widths, key=lambda width: (-steps % width, width))
+    cell = min(max(_SHEET_SIDE // columns, _SHEET_CELL_LEAST), _THUMBNAIL)
+    thumbnails = [_scaled(pixels, cell) for pixels in pictures]
+    head, font, faint = _font(22), _font(14), _font(13)
+    captions = [_step_caption(step, int(size)) for step, size in enumerate(group_sizes)]
+    progress = _progress_captions(group_sizes)
+    width = max(
+        thumbnails[0].width,
+        math.ceil(max(map(font.getlength, captions))),
+        math.ceil(max(map(faint.getlength, progress))),
+    )
+    side, line = thumbnails[0].height, _line_height(font)
+    across, down = width + 20, side + 2 * line + 18
+    left, top = _MARGIN, _MARGIN + _line_height(head) + 14
+    size = (
+        max(left + columns * across - 20, left + math.ceil(head.getlength(title))) + _MARGIN,
+        top + math.ceil(steps / columns) * down - 12 + _MARGIN,
+    )
+    drawing = Image.new("RGB", size, _WHITE)
+    draw = ImageDraw.Draw(drawing)
+    draw.text((left, _MARGIN - 4), title, _INK, head)
+    for step, thumbnail in enumerate(thumbnails):
+        row, column = divmod(step, columns)
+        corner = left + column * across, top + row * down
+        drawing.paste(thumbnail, corner)
+        below = corner[1] + side + 6
+        draw.text((corner[0], below), captions[step], _INK, font)
+        draw.text((corner[0], below + line), progress[step], _FAINT, faint)
+    return drawing
+
+
+def _step_caption(step: int, cells: int) -> str:
+    return f"step {step}: {cells} cell{'' if cells == 1 else 's'}"
+
+
+def _progress_captions(group_sizes: NDArray[np.integer[Any]]) -> list[str]:
+    """For each step how many cells are done after it."""
+    done = np.cumsum(group_sizes).tolist()
+    return [f"{cells} of {done[-1]} done" for cells in done]
 
 
 def _evenly_spaced(count: int, most: int) -> list[int]:

@@ -21,7 +21,7 @@ from lpd_export.bundle import GRAPH_NAMES, MANIFEST, Bundle, Manifest
 from lpd_export.classes import display_name, resolve_classes
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
-from lpd_export.images import to_uint8
+from lpd_export.images import BLANK, to_uint8
 from lpd_export.machine import read_memory
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
@@ -29,6 +29,7 @@ from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.randomness import image_randomness
 from lpd_export.runtime.sampler import Sampling, guide
 from lpd_export.schedule import Schedule, phase_table
+from lpd_export.trace import blank_unfilled, filled_after_steps, tokens_after_steps
 
 WEIGHTS = "onnx/weights.data"
 
@@ -46,7 +47,9 @@ class GeneratedImage:
     class_id: int | None
     class_name: str
     seed: int
+    schedule: Schedule
     order_index: int
+    """Which of the schedule's orders it followed."""
     sampling: Sampling
 
     def picture(self) -> Image.Image:
@@ -74,8 +77,15 @@ class Pipeline:
     Use `open`; the constructor takes the parts.
     """
 
-    def __init__(self, manifest: Manifest, schedule: Schedule, executor: Executor) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        schedule: Schedule,
+        executor: Executor,
+        mutual_visibility: bool = True,
+    ) -> None:
         self.manifest = manifest
+        self._mutual_visibility = mutual_visibility
         self._schedule = schedule
         self._executor = executor
         self._dimensions = dimensions(manifest)
@@ -88,6 +98,7 @@ class Pipeline:
         *,
         device: str | None = None,
         threads: int | None = None,
+        mutual_visibility: bool = True,
     ) -> Pipeline:
         """Verifies what a bundle holds and loads it.
 
@@ -96,6 +107,8 @@ class Pipeline:
             device: "cpu" or "cuda"; by default the CPU for ONNX Runtime, a GPU for TensorRT.
             threads: for the operators on a CPU; by default ONNX Runtime's choice, the physical
                 cores.
+            mutual_visibility: whether the cells that a step fills see one another, as they do in
+                training; without, one sees what this is good for.
 
         Raises:
             UserError: if the bundle is missing or damaged, or this machine cannot run it.
@@ -106,7 +119,7 @@ class Pipeline:
         # Loaded now, so that the first image is not slower than the rest.
         for graph in ("decode", "detokenize"):
             executor.load(graph)
-        return cls(opened.manifest, schedule, executor)
+        return cls(opened.manifest, schedule, executor, mutual_visibility)
 
     def generate(
         self,
@@ -243,6 +256,7 @@ class Pipeline:
                     class_id=labels[index],
                     class_name=display_name(self.manifest.class_names, labels[index]),
                     seed=seed,
+                    schedule=schedule,
                     order_index=randomness[row].order_index,
                     sampling=sampling,
                 )
@@ -252,41 +266,69 @@ class Pipeline:
         if key not in self._generators:
             self._generators.clear()  # one set of caches at a time
             phases = phase_table(schedule.group_sizes)
-            self._generators[key] = Generator(self._executor, self._dimensions, phases)
+            self._generators[key] = Generator(
+                self._executor, self._dimensions, phases, self._mutual_visibility
+            )
         return self._generators[key]
 
-    def bind_steps(self, images: int, guided: bool) -> list[Step]:
-        """Every decode phase of the bundle's schedule with its own buffers, to run one by one.
+    def bind_steps(self, images: int, guided: bool, schedule: Schedule | None = None) -> list[Step]:
+        """Every decode phase of a schedule with its own buffers, to run one by one.
 
-        For comparisons: fill a step's token_ids and positions, call its run, read its logits.
+        For comparisons: fill a step's token_ids and positions, call its run, read its logits. By
+        default the schedule is the bundle's.
         """
-        phases = phase_table(self._schedule.group_sizes)
-        return Batch(self._executor, self._dimensions, phases, images, guided).steps
+        phases = phase_table((schedule or self._schedule).group_sizes)
+        return Batch(
+            self._executor, self._dimensions, phases, images, guided, self._mutual_visibility
+        ).steps
 
-    @torch.inference_mode()
     def teacher_forced_logits(self, images: Sequence[GeneratedImage]) -> torch.Tensor:
         """Guided logits [B, S, V] float32 of each token of images of this bundle's own schedule.
 
-        In generation order; every step is given the images' tokens, whatever it would have drawn.
-        The images must share their sampling.
+        As `forced_logits`; the images must share their sampling.
         """
-        sampling, cells = images[0].sampling, self._dimensions.cells
-        orders = self._schedule.orders[[image.order_index for image in images]].astype(np.int64)
-        token_ids = np.stack([image.token_ids for image in images])
+        return self.forced_logits(
+            np.stack([image.token_ids for image in images]),
+            [image.class_id for image in images],
+            self._schedule.orders[[image.order_index for image in images]].astype(np.int64),
+            images[0].sampling,
+        )
+
+    @torch.inference_mode()
+    def forced_logits(
+        self,
+        token_ids: NDArray[np.int64],
+        labels: Sequence[int | None],
+        orders: NDArray[np.int64],
+        sampling: Sampling,
+        schedule: Schedule | None = None,
+    ) -> torch.Tensor:
+        """Guided logits [B, S, V] float32, in generation order, of given images.
+
+        Every step is given the images' tokens, whatever it would have drawn; keys and values are
+        its own.
+
+        Args:
+            token_ids: [B, S], raster order.
+            labels: a class id for each image, or None for no class.
+            orders: [B, S], the order each image follows.
+            sampling: its guidance is applied.
+            schedule: whose group sizes are used; by default the bundle's.
+        """
+        cells, rows = self._dimensions.cells, 2 if sampling.guided else 1
         drawn = torch.from_numpy(np.take_along_axis(token_ids, orders, axis=1))
-        condition = torch.tensor([[self._dimensions.condition_id(i.class_id)] for i in images])
+        condition = torch.tensor([[self._dimensions.condition_id(label)] for label in labels])
         context = torch.cat([condition, drawn], dim=1)
         positions = torch.cat([torch.zeros_like(condition), torch.from_numpy(orders) + 1], dim=1)
-        rows = 2 if sampling.guided else 1
         scale = sampling.scale(cells).to(self._executor.device)
         logits = []
         with self._executor.stream():
-            for step in self.bind_steps(len(images), sampling.guided):
+            for step in self.bind_steps(len(labels), sampling.guided, schedule):
                 first, last = step.phase.write_index, step.phase.write_index + step.phase.tokens
                 step.token_ids.copy_(context[:, first : first + step.phase.context].repeat(rows, 1))
                 step.positions.copy_(positions[:, first:last].repeat(rows, 1))
                 if step.phase.index == 0 and sampling.guided:
-                    step.token_ids[len(images) :] = self._dimensions.condition_id(None)
+                    step.token_ids[len(labels) :] = self._dimensions.condition_id(None)
                 step.run()
                 start = step.phase.first_cell
                 raw = step.logits
@@ -294,6 +336,16 @@ class Pipeline:
                     raw = guide(raw, scale[start : start + step.phase.queries])
                 logits.append(raw.float().cpu().clone())
         return torch.cat(logits, dim=1)
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the graphs."""
+        return self._executor
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """The model's sizes."""
+        return self._dimensions
 
     def detokenize(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Images [B, 3, height, width], in [-1, 1] up to overshoot, of token ids [B, S].
@@ -311,6 +363,23 @@ class Pipeline:
         image = torch.zeros((shape[0], 3, side, side), dtype=self._executor.float_type)
         self._run("detokenize", "indices", torch.from_numpy(token_ids), "image", image)
         return image.float().numpy()
+
+    def trace(self, image: GeneratedImage) -> NDArray[np.uint8]:
+        """An image of this bundle after each step of its generation: [K, height, width, 3] uint8.
+
+        Cells that are not filled yet are blank (`images.BLANK`). What is shown after a step
+        follows from the tokens of that step and earlier ones alone; what the decoder is given for
+        the other cells says `trace.tokens_after_steps`. The last picture is the image itself.
+
+        Raises:
+            UserError: if the image is not of this model's grid and codebook.
+        """
+        order, sizes = image.schedule.orders[image.order_index], image.schedule.group_sizes
+        *unfinished, _ = tokens_after_steps(image.token_ids, order, sizes)
+        # The last is not decoded again: alone, a GPU may round otherwise than in a batch.
+        pictures = [to_uint8(self.detokenize(ids[None]))[0] for ids in unfinished]
+        filled = filled_after_steps(order, sizes)
+        return blank_unfilled(np.stack([*pictures, image.pixels]), filled, BLANK)
 
     def _in_vocabulary(self, token_ids: NDArray[np.int64]) -> bool:
         return bool(((token_ids >= 0) & (token_ids < self._dimensions.vocab_size)).all())

@@ -17,7 +17,15 @@ from typing import Any
 
 from lpd_export.errors import UserError
 
-PATHS = ("checkpoint", "tokenizer", "classes", "schedule", "timing_cache", "out")
+PATHS = (
+    "checkpoint",
+    "tokenizer",
+    "classes",
+    "schedule",
+    "keep_layers",
+    "timing_cache",
+    "out",
+)
 HUB_PREFIX = "hf:"
 
 
@@ -41,6 +49,7 @@ class BuildRequest:
     cfg: float | None = None
     guidance: str = "linear"
     precision: str = "fp32"
+    keep_layers: str | None = None
     backend: str = "onnxruntime"
     max_batch: int | None = None
     workspace: int | None = None

@@ -1,7 +1,7 @@
 """What `lpd-export run` does: images and their records in a folder, whole at any moment.
 
 Every image is written as soon as it is made and only then recorded, so that an interrupted run
-keeps what it has and can go on. Does not know the command line.
+keeps what it has and can go on. Runs do not share a folder. Does not know the command line.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import io
 import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,14 +30,18 @@ from lpd_export.bundle import MANIFEST
 from lpd_export.classes import display_name, resolve_classes
 from lpd_export.errors import Interrupted, UserError
 from lpd_export.files import check_writable, sha256, uninterrupted, write_atomically
-from lpd_export.images import contact_sheet, save_png
-from lpd_export.pipeline import Pipeline, Progress
+from lpd_export.images import contact_sheet, draw_trace, save_png
+from lpd_export.pipeline import GeneratedImage, Pipeline, Progress
+from lpd_export.runtime.onnxruntime_executor import check_threads
 from lpd_export.runtime.randomness import image_randomness
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule import Schedule
 
 RECORDS = "images.jsonl"
 SHEET = "contact_sheet.png"
+TRACES = "trace"
+"""For each image a folder of its steps, and a drawing of all of them."""
+LOCK = ".run.lock"
 SHEET_IMAGES = 100
 """The contact sheet shows so many images at most."""
 SHEET_COLUMNS = 10
@@ -44,6 +51,18 @@ DEFAULT_BATCH = 4
 """Where a CPU has most of what batching gives, without much more memory."""
 
 Record = dict[str, Any]
+
+
+class Finished(NamedTuple):
+    """An image that is written."""
+
+    record: Record
+    token_ids: NDArray[np.int32]
+    """[S], raster order."""
+
+    def line(self) -> str:
+        """Its line in images.jsonl."""
+        return json.dumps(self.record | {"token_ids": self.token_ids.tolist()}) + "\n"
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ class RunRequest:
     device: str | None = None
     threads: int | None = None
     save_tokens: str | None = None
+    trace: bool = False
     resume: bool = False
 
 
@@ -99,10 +119,12 @@ class RunResult:
     made: int
     """Images made by this run, those of earlier runs not counted."""
     seconds: float
-    """For these images, loading not counted."""
+    """For all that was made, loading not counted."""
     records: list[Record]
     contact_sheet: Path
     tokens: Path | None
+    traces: list[Path] | None
+    """The drawing of each image's steps, if they were asked for."""
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -112,6 +134,7 @@ class RunResult:
             "seconds": round(self.seconds, 3),
             "contact_sheet": str(self.contact_sheet),
             "tokens": str(self.tokens) if self.tokens else None,
+            "traces": None if self.traces is None else [str(path) for path in self.traces],
             "images": self.records,
         }
 
@@ -129,10 +152,30 @@ def generate_images(
         advance: called after each step of each batch.
 
     Raises:
-        UserError: if the request is wrong; no file is then written.
+        UserError: if the request is wrong, or another run is writing to the folder; no file is
+            then written.
         Interrupted: on Ctrl-C, once what is finished is on disk.
     """
     check_request(request)
+    missing = [f for f in (request.out, *request.out.parents) if not os.path.lexists(f)]
+    try:
+        with locked(request.out, request.resume):
+            return write_images(request, bool(missing) or not request.resume, report, advance)
+    except BaseException:
+        with uninterrupted():
+            for folder in missing:
+                with contextlib.suppress(OSError):  # not made yet, or not empty
+                    folder.rmdir()
+        raise
+
+
+def write_images(
+    request: RunRequest,
+    is_first: bool,
+    report: Callable[[str], None],
+    advance: Callable[[Advance], None],
+) -> RunResult:
+    """What `generate_images` does once the folder is its own; `is_first` if it resumes no run."""
     report(f"loading {request.bundle}")
     pipeline = Pipeline.open(request.bundle, device=request.device, threads=request.threads)
     plan = plan_images(request, pipeline)
@@ -146,36 +189,40 @@ def generate_images(
         schedule=plan.schedule,
         progress=lambda progress: advance(Advance(progress, len(done), len(plan.labels))),
     )
-    made_before, token_ids = len(done), []
-    missing = [f for f in (request.out, *request.out.parents) if not os.path.lexists(f)]
+    made_before = len(done)
+    traces = Traces(request.out / TRACES, pipeline, plan, report) if request.trace else None
     started = time.monotonic()
     try:
-        create_folder(request.out)
-        report("generating")
         write_records(request.out, done)
+        if traces:
+            traces.complete(done)
+        report("generating")
         for image in images:
             save_png(image.pixels, request.out / plan.file_name(image.index))
-            record = plan.record(image.index)
-            append_record(request.out, record)
-            done[image.index] = record
-            if request.save_tokens:
-                token_ids.append(image.token_ids)
+            finished = Finished(plan.record(image.index), image.token_ids.astype(np.int32))
+            append_record(request.out, finished)
+            done[image.index] = finished
+            if traces:
+                traces.save(image)
         seconds = time.monotonic() - started
-        tokens = save_token_ids(request, token_ids)
-        records = [done[index] for index in sorted(done)]
+        records = [done[index].record for index in sorted(done)]
         sheet = write_contact_sheet(request.out, records, request.count)
+        # Last, so that a run that was stopped before its end has left none in its own way.
+        tokens = save_token_ids(request, done)
     except BaseException as error:
-        with uninterrupted():
-            if not done and (missing or not request.resume):
-                take_back([request.out / RECORDS, request.out / plan.file_name(0)], missing)
+        if is_first and not done:
+            with uninterrupted():
+                take_back([request.out / RECORDS, request.out / plan.file_name(0)])
         if not done or not isinstance(error, KeyboardInterrupt):
             raise
-        resume = "--resume" + " in place of --save-tokens" * bool(request.save_tokens)
         raise Interrupted(
             f"interrupted: {len(done)} of {len(plan.labels)} images are in {request.out}, the "
-            f"same command with {resume} makes the rest"
+            "same command with --resume makes the rest"
         ) from None
-    return RunResult(request.out, len(done) - made_before, seconds, records, sheet, tokens)
+    drawings = [traces.drawing(index) for index in sorted(done)] if traces else None
+    return RunResult(
+        request.out, len(done) - made_before, seconds, records, sheet, tokens, drawings
+    )
 
 
 def check_request(request: RunRequest) -> None:
@@ -187,19 +234,12 @@ def check_request(request: RunRequest) -> None:
         )
     if request.count < 1:
         raise UserError(f"-n must be at least 1, but it is {request.count}")
-    for option, value in (("--batch", request.batch), ("--threads", request.threads)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} must be at least 1, but it is {value}")
-    # Far too many end the process inside ONNX Runtime, without a word.
-    most = max(64, 4 * (os.cpu_count() or 1))
-    if request.threads is not None and request.threads > most:
-        raise UserError(f"--threads {request.threads} is more than this machine takes ({most})")
+    if request.batch is not None and request.batch < 1:
+        raise UserError(f"--batch must be at least 1, but it is {request.batch}")
+    check_threads(request.threads)
     if request.steps is not None and not request.schedule:
         raise UserError("--steps says how to read a --schedule; alone it has no meaning here")
-    check_out(request.out, request.resume)
     if request.save_tokens:
-        if request.resume:
-            raise UserError("--save-tokens does not go with --resume: the earlier ids are gone")
         if os.path.lexists(request.save_tokens):
             raise UserError(f"{request.save_tokens} exists: choose another --save-tokens")
         folder = Path(request.save_tokens).absolute().parent
@@ -211,7 +251,7 @@ def check_request(request: RunRequest) -> None:
 def check_out(out: Path, resume: bool) -> None:
     """Raises UserError unless images can go to `out`: a new or empty folder, or one to resume."""
     check_writable(out)
-    if os.path.lexists(out) and any(out.iterdir()):
+    if os.path.lexists(out) and {path.name for path in out.iterdir()} - {LOCK}:
         if not (out / RECORDS).is_file():
             raise UserError(f"{out} exists and is not empty: choose another --out")
         if not resume:
@@ -219,6 +259,35 @@ def check_out(out: Path, resume: bool) -> None:
                 f"{out} holds the images of another run: choose another --out, or go on with "
                 "that run by --resume"
             )
+
+
+@contextlib.contextmanager
+def locked(out: Path, resume: bool) -> Iterator[None]:
+    """Makes the folder `out` if it is not there, and keeps other runs from it.
+
+    Raises:
+        UserError: if another run is writing there, or as `check_out`.
+    """
+    lock_file = out / LOCK
+    if not os.path.lexists(lock_file):  # a folder of somebody else's is left as it is
+        check_out(out, resume)
+    create_folder(out)
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {out}: wait for it to end, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+    try:
+        check_out(out, resume)  # another run may just have ended
+        yield
+    finally:
+        with uninterrupted():
+            lock_file.unlink(missing_ok=True)
+            lock.release()
 
 
 @dataclass(frozen=True)
@@ -230,6 +299,7 @@ class ImagePlan:
     seed: int
     sampling: Sampling
     schedule: Schedule
+    vocab_size: int
     bundle: Path
 
     @cached_property
@@ -250,7 +320,7 @@ class ImagePlan:
         }
 
     def record(self, index: int) -> Record:
-        """How image `index` is made: its line in images.jsonl."""
+        """How image `index` is made: its line in images.jsonl, but for the token ids."""
         schedule = self.schedule
         chance = image_randomness(self.seed, index, schedule.cells, schedule.count)
         return {
@@ -267,6 +337,23 @@ class ImagePlan:
         name = display_name(self.class_names, self.labels[index])
         slug = re.sub(r"[\W_]+", "-", name.casefold())[:60].strip("-")
         return f"{index:05d}_{slug or self.labels[index]}.png"
+
+    def image(
+        self, index: int, pixels: NDArray[np.uint8], token_ids: NDArray[np.int32]
+    ) -> GeneratedImage:
+        """Image `index` as the pipeline gave it, of what is on disk."""
+        record = self.record(index)
+        return GeneratedImage(
+            pixels=pixels,
+            token_ids=token_ids.astype(np.int64),
+            index=index,
+            class_id=record["class_id"],
+            class_name=record["class_name"],
+            seed=self.seed,
+            schedule=self.schedule,
+            order_index=record["order"],
+            sampling=self.sampling,
+        )
 
 
 def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
@@ -299,6 +386,7 @@ def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
             top_p=request.top_p,
         ),
         schedule=pipeline.choose_schedule(schedule),
+        vocab_size=manifest.model.vocab_size,
         bundle=request.bundle,
     )
 
@@ -306,13 +394,13 @@ def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
 # ---------------------------------------------------------------------------------- records
 
 
-def read_records(out: Path, plan: ImagePlan) -> dict[int, Record]:
-    """The images that are already there, by index.
+def read_records(out: Path, plan: ImagePlan) -> dict[int, Finished]:
+    """The images that are already there, with their token ids, by index.
 
     Raises:
         UserError: if they were made in another way than this run would make them.
     """
-    done: dict[int, Record] = {}
+    done: dict[int, Finished] = {}
     path = out / RECORDS
     if not path.is_file():
         return done
@@ -331,9 +419,19 @@ def read_records(out: Path, plan: ImagePlan) -> dict[int, Record]:
                 "this run; choose another --out"
             )
         check_same(record, plan.record(index), f"{path}, line {number}")
-        if is_whole(out / record["file"]):
-            done[index] = record
+        token_ids = read_token_ids(record.pop("token_ids", None), plan)
+        if token_ids is not None and is_whole(out / record["file"]):
+            done[index] = Finished(record, token_ids)
     return done
+
+
+def read_token_ids(value: Any, plan: ImagePlan) -> NDArray[np.int32] | None:
+    """The token ids [S] of a record, or None if it does not hold those of an image."""
+    if not isinstance(value, list) or len(value) != plan.schedule.cells:
+        return None
+    if not all(type(token) is int and 0 <= token < plan.vocab_size for token in value):
+        return None
+    return np.array(value, np.int32)
 
 
 def is_whole(png: Path) -> bool:
@@ -357,24 +455,91 @@ def check_same(found: Mapping[str, Any], expected: Record, where: str) -> None:
             )
 
 
-def write_records(out: Path, done: Mapping[int, Record]) -> None:
+def write_records(out: Path, done: Mapping[int, Finished]) -> None:
     """Starts images.jsonl with what is there, without a line that was cut short."""
-    for leftover in out.glob(".*.tmp"):  # of a file that a kill cut short
-        leftover.unlink()
-    lines = [json.dumps(done[index]) + "\n" for index in sorted(done)]
+    remove_leftovers(out)
+    lines = [done[index].line() for index in sorted(done)]
     write_atomically(out / RECORDS, "".join(lines).encode())
 
 
-def append_record(out: Path, record: Record) -> None:
+def append_record(out: Path, finished: Finished) -> None:
     path = out / RECORDS
     size = path.stat().st_size
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(finished.line())
     except OSError as error:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+# ----------------------------------------------------------------------------------- traces
+
+
+class Traces:
+    """The pictures of each image after each step, and one drawing of them an image.
+
+    For 00003_red-panda.png they are `trace/00003_red-panda/step_00.png` and so on, and
+    `trace/00003_red-panda.png`, which is written when the others are there.
+    """
+
+    def __init__(
+        self, folder: Path, pipeline: Pipeline, plan: ImagePlan, report: Callable[[str], None]
+    ) -> None:
+        self._folder = folder
+        self._pipeline = pipeline
+        self._plan = plan
+        self._report = report
+
+    def drawing(self, index: int) -> Path:
+        """The drawing of image `index`."""
+        return self._folder / self._plan.file_name(index)
+
+    def pictures(self, index: int) -> list[Path]:
+        """The pictures of image `index`, one a step."""
+        steps = self._plan.schedule.steps
+        digits = max(2, len(str(steps - 1)))
+        folder = self.drawing(index).with_suffix("")
+        return [folder / f"step_{step:0{digits}d}.png" for step in range(steps)]
+
+    def complete(self, done: Mapping[int, Finished]) -> None:
+        """Saves the trace of each of these images that has none, or not a whole one."""
+        for index in sorted(done):
+            if not all(map(is_whole, (*self.pictures(index), self.drawing(index)))):
+                with Image.open(self._folder.parent / self._plan.file_name(index)) as picture:
+                    pixels = np.asarray(picture)
+                self.save(self._plan.image(index, pixels, done[index].token_ids))
+
+    def save(self, image: GeneratedImage) -> None:
+        """Writes the trace of an image.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        self._report(f"drawing the steps of {self._plan.file_name(image.index)}")
+        pictures = self._pipeline.trace(image)
+        order = f"order {image.order_index} of {image.schedule.count}"
+        title = f"{image.class_name}  ·  seed {image.seed}, image {image.index}, {order}"
+        drawing = draw_trace(pictures, image.schedule.group_sizes, title)
+        paths = self.pictures(image.index)
+        create_folder(self._folder)
+        partial = self._folder / f".{uuid.uuid4().hex}.tmp"
+        try:
+            partial.mkdir()
+            for path, picture in zip(paths, pictures, strict=True):
+                save_png(picture, partial / path.name)
+            if not os.path.lexists(paths[0].parent):
+                partial.rename(paths[0].parent)
+            else:  # a part of them, perhaps among files of the user's
+                for path in paths:
+                    os.replace(partial / path.name, path)
+        except OSError as error:
+            raise UserError(f"cannot write {paths[0].parent}: {error.strerror}") from error
+        finally:
+            with uninterrupted():
+                shutil.rmtree(partial, ignore_errors=True)
+        save_png(np.asarray(drawing), self.drawing(image.index))
 
 
 # ------------------------------------------------------------------------------------ files
@@ -387,22 +552,28 @@ def create_folder(out: Path) -> None:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
 
-def take_back(files: list[Path], folders: list[Path]) -> None:
+def remove_leftovers(out: Path) -> None:
+    """Removes what a kill cut short."""
+    for leftover in (*out.glob(".*.tmp"), *(out / TRACES).glob(".*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def take_back(files: list[Path]) -> None:
     """Removes what a run made that came to nothing."""
     for file in files:
         with contextlib.suppress(OSError):  # not made yet
             file.unlink()
-    for folder in folders:
-        with contextlib.suppress(OSError):  # not made yet, or used by another program
-            folder.rmdir()
 
 
-def save_token_ids(request: RunRequest, token_ids: list[NDArray[np.int64]]) -> Path | None:
+def save_token_ids(request: RunRequest, done: Mapping[int, Finished]) -> Path | None:
     """Writes token ids [images, S] int64, raster order, if they were asked for."""
     if not request.save_tokens:
         return None
     path, buffer = Path(request.save_tokens), io.BytesIO()
-    np.save(buffer, np.stack(token_ids))
+    np.save(buffer, np.stack([done[index].token_ids for index in sorted(done)]).astype(np.int64))
     write_atomically(path, buffer.getvalue())
     return path
 

@@ -265,15 +265,23 @@ def phase_table(sizes: Sizes) -> tuple[Phase, ...]:
     return tuple(phases)
 
 
-def attention_mask(phase: Phase, cells: int, masked: float) -> NDArray[np.float32]:
+def attention_mask(
+    phase: Phase, cells: int, masked: float, mutual_visibility: bool = True
+) -> NDArray[np.float32]:
     """What each token of a phase sees of the cache: [T, cells + 1] float32, 0 or `masked`.
 
     A context token sees everything up to the end of its own group; a query sees that and the
-    other queries of its step. The queries of earlier steps are gone: their rows are overwritten.
+    other queries of its step, or without `mutual_visibility` itself alone. The queries of earlier
+    steps are gone: their rows are overwritten.
     """
     mask = np.full((phase.tokens, cells + 1), masked, np.float32)
-    mask[:, : phase.write_index + phase.context] = 0
-    mask[phase.context :, : phase.write_index + phase.tokens] = 0
+    first_query = phase.write_index + phase.context
+    mask[:, :first_query] = 0
+    queries = mask[phase.context :, first_query : first_query + phase.queries]
+    if mutual_visibility:
+        queries[:] = 0
+    else:
+        np.fill_diagonal(queries, 0)
     return mask
 
 

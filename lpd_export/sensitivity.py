@@ -9,7 +9,7 @@ quantized is in `quantization`, how noise is measured in `calibration`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,21 @@ class Chooser:
             f"int8 changes this model too much: with half of its layers kept in higher precision "
             f"the {target.measure} is {value:.3g}, above {target.limit}; use --precision fp16"
         )
+
+    def keep(
+        self,
+        graph: str,
+        layers: Mapping[str, LayerMeasurement],
+        kept: Sequence[str],
+        report: Callable[[str], None] = lambda line: None,
+    ) -> tuple[dict[str, float], GraphDecision]:
+        """As `choose`, with the layers to keep decided elsewhere; what they give is measured."""
+        target = TARGETS[graph]
+        ranges = {n: m.activation_range for n, m in layers.items() if n not in kept}
+        value = self._try(graph, ranges)
+        report(f"{graph}: {len(ranges)} of {len(layers)} layers, {target.measure} {value:.4g}")
+        noise = {node: layers[node].noise for node in kept}
+        return ranges, GraphDecision(len(layers), noise, target.measure, value, target.limit)
 
     def _try(self, graph: str, ranges: Mapping[str, float]) -> float:
         """The target's measure with these layers quantized."""

@@ -77,6 +77,11 @@ def check_request(request: BuildRequest) -> None:
         refuse_engine_options(request)
     else:
         engine_options(request)
+    if request.keep_layers and request.precision != "int8":
+        raise UserError(
+            f"--keep-layers says which layers int8 spares: it needs --precision int8, not "
+            f"{request.precision}"
+        )
     why_not = can_build(request.precision, request.backend)
     if why_not:
         raise UserError(f"cannot build {request.precision} for {request.backend} here: {why_not}")

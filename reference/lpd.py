@@ -200,6 +200,7 @@ class LPD(nn.Module):
         labels: Tensor | None,
         orders: Tensor,
         group_sizes: Sequence[int],
+        mutual_visibility: bool = True,
     ) -> Tensor:
         """Teacher-forced logits of every cell in one pass (paper section 3.1, figure 4).
 
@@ -208,6 +209,7 @@ class LPD(nn.Module):
             labels: [B] int64 class ids, or None for the null condition.
             orders: [B, S] int64, each row a permutation of the cells.
             group_sizes: K sizes that sum to S.
+            mutual_visibility: whether the queries of a step see one another.
 
         Returns:
             [B, S, V] logits in generation order: row n is about cell orders[:, n].
@@ -225,7 +227,7 @@ class LPD(nn.Module):
             [torch.zeros_like(orders[:, :1]), context_cells + 1, orders + 1], dim=1
         )
         x = self.embed(context, positions)
-        visible = teacher_forcing_mask(sizes)
+        visible = teacher_forcing_mask(sizes, mutual_visibility)
         for block in self.blocks:
             x = block(x, visible)
         return self.head(self.norm(x[:, context.shape[1] :]))
@@ -252,11 +254,12 @@ class LPD(nn.Module):
         return self.head(self.norm(x[:, context_tokens:]))
 
 
-def teacher_forcing_mask(group_sizes: Tensor) -> Tensor:
+def teacher_forcing_mask(group_sizes: Tensor, mutual_visibility: bool = True) -> Tensor:
     """Who sees whom in the teacher-forced pass (paper figure 4).
 
     group_sizes: [K] int64, summing to S. The sequence is the condition, the tokens of every group
-    but the last, then a query for every cell. Returns [T, T] bool, true where row sees column.
+    but the last, then a query for every cell. Without mutual_visibility a query sees no other
+    query. Returns [T, T] bool, true where row sees column.
     """
     device = group_sizes.device
     group = torch.repeat_interleave(torch.arange(len(group_sizes), device=device), group_sizes)
@@ -267,4 +270,6 @@ def teacher_forcing_mask(group_sizes: Tensor) -> Tensor:
     is_query = torch.arange(len(step), device=device) >= context_tokens
     sees_context = ~is_query[None, :] & (step[None, :] <= step[:, None])
     sees_query = is_query[:, None] & is_query[None, :] & (step[None, :] == step[:, None])
+    if not mutual_visibility:
+        sees_query &= torch.eye(len(step), dtype=torch.bool, device=device)
     return sees_context | sees_query

@@ -25,12 +25,10 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(BuildRequest(**read_recipe(DEMO_RECIPE) | {"out": str(out)}))
 
 
-@pytest.fixture(scope="session")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of lpd.pth (a 4x4 grid, 5 classes), vq.pt (16 px) and classes.json; leave it be."""
-    folder = tmp_path_factory.mktemp("weights")
-    model = LPD(LPDConfig(dim=64, depth=2, heads=1, grid=4, num_classes=5, vocab_size=64))
-    torch.save({"model": model.initialize(0).state_dict()}, folder / "lpd.pth")
+def save_small_weights(folder: Path, heads: int) -> Path:
+    """Writes lpd.pth (a 4x4 grid, 5 classes, heads of 64), vq.pt (16 px) and classes.json."""
+    config = LPDConfig(dim=64 * heads, depth=2, heads=heads, grid=4, num_classes=5, vocab_size=64)
+    torch.save({"model": LPD(config).initialize(0).state_dict()}, folder / "lpd.pth")
     tokenizer = VQTokenizer(
         VQConfig(
             channels=32,
@@ -43,6 +41,12 @@ def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"model": tokenizer.initialize(0).state_dict()}, folder / "vq.pt")
     (folder / "classes.json").write_text(json.dumps(SMALL_NAMES))
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small weights with one head (see `save_small_weights`); leave it be."""
+    return save_small_weights(tmp_path_factory.mktemp("weights"), heads=1)
 
 
 @pytest.fixture(scope="session")

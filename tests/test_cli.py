@@ -17,8 +17,8 @@ from lpd_export.bundle import Bundle
 from lpd_export.cli import commands
 from lpd_export.schedule import Schedule
 
-COMMANDS = (["build"], ["run"], ["schedule", "make"], ["schedule", "check"], ["schedule", "show"])
-COMMANDS += (["inspect"], ["doctor"])
+COMMANDS = (["build"], ["run"], ["verify"], ["schedule", "make"], ["schedule", "check"])
+COMMANDS += (["schedule", "show"], ["inspect"], ["doctor"])
 
 
 def printed(*arguments: object) -> Any:
@@ -108,12 +108,15 @@ def test_json_of_run_and_inspect(small_bundle: Path, tmp_path: Path) -> None:
     result = printed("run", small_bundle, "--class", "bird", "none", "-n", 2, "--out", out)
     seconds = result.pop("seconds")
     assert seconds > 0
+    images = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    assert [len(image.pop("token_ids")) for image in images] == [16] * 4  # in the file alone
     assert result == {
         "out": str(out),
         "made": 4,
         "contact_sheet": str(out / "contact_sheet.png"),
         "tokens": None,
-        "images": [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()],
+        "traces": None,
+        "images": images,
     }
     inspected = printed("inspect", small_bundle)
     assert inspected["bundle"] == str(small_bundle)

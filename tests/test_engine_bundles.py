@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -603,7 +604,7 @@ def test_the_log_of_a_failed_build_can_be_read(small_weights: Path, tmp_path: Pa
         backend="tensorrt-rtx",
         out=str(tmp_path / "a/b"),
     )
-    with pytest.raises(UserError, match="no fused attention kernel for nodes like") as error:
+    with pytest.raises(UserError, match=r"for nodes like .*, which have 1 head") as error:
         build(request)
     assert entries(tmp_path) == []
     found = re.search(r"its log is (\S+)$", str(error.value))
@@ -611,6 +612,59 @@ def test_the_log_of_a_failed_build_can_be_read(small_weights: Path, tmp_path: Pa
     log = Path(found[1]).read_text()
     assert "Parsing node: blocks.1/Attention" in log
     assert "not supported by a dedicated kernel" in log
+
+
+@pytest.fixture
+def single_head(small_weights: Path, tmp_path: Path) -> list[object]:
+    """A build that TensorRT-RTX's compiler gives up, which it prints to standard error itself."""
+    files = ["--checkpoint", small_weights / "lpd.pth", "--tokenizer", small_weights / "vq.pt"]
+    return ["build", *files, "--steps", 4, *rtx("--precision", "fp16", "--out", tmp_path / "a")]
+
+
+def test_what_the_compiler_prints_itself_does_not_reach_the_user(single_head: list[object]) -> None:
+    said = end(start(*single_head))
+    assert "where it takes 2 or more; build in fp32, or with --backend onn" in sentence(said)
+    stages = said.err.splitlines()[:-1]
+    assert stages[0] == "loading torch and onnx"
+    assert stages[-1] == "compiling decode for tensorrt-rtx"
+    assert "Myelin" not in said.err
+
+
+WHILE_COMPILING = """
+import os, sys, time
+from pathlib import Path
+from lpd_export.cli import stages
+from lpd_export.engine import _standard_error_to
+
+with stages() as (report, advance):
+    report("compiling")
+    with _standard_error_to(Path(sys.argv[1])):
+        for step in range(1, 4):
+            advance("Building", step, 3)
+            os.write(2, b"Internal Error\\n")
+            time.sleep(0.5)  # rich draws ten times a second
+print("done", file=sys.stderr)
+"""
+
+
+def test_progress_is_shown_on_a_terminal_while_it_compiles(tmp_path: Path) -> None:
+    """What the compiler prints goes to the log at the same time, by the same descriptor."""
+    (tmp_path / "log").touch()
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", WHILE_COMPILING, str(tmp_path / "log")]
+    process = subprocess.Popen(command, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal without a writer by an error
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    for step in (1, 2, 3):
+        assert f"compiling: Building {step} of 3".encode() in shown
+    assert shown.endswith(b"done\r\n")
+    assert b"Internal Error" not in shown
+    assert (tmp_path / "log").read_bytes() == 3 * b"Internal Error\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -18,10 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import save_small_weights
 
 from lpd_export import Pipeline, UserError
+from lpd_export.accuracy.sides import SidesRequest
+from lpd_export.accuracy.verify import VerifyRequest, verify
 from lpd_export.build import build
 from lpd_export.bundle import Bundle
+from lpd_export.images import BLANK
 from lpd_export.pipeline import GeneratedImage
 from lpd_export.recipe import BuildRequest
 from lpd_export.runtime.executor import Run
@@ -34,6 +38,12 @@ pytestmark = [
 
 MAX_BATCH = 4
 CLASSES = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two heads: TensorRT-RTX has no fused attention for a single one."""
+    return save_small_weights(tmp_path_factory.mktemp("weights"), heads=2)
 
 
 def build_small(weights: Path, out: Path, backend: str) -> Path:
@@ -101,6 +111,13 @@ def assert_same(images: list[GeneratedImage], others: list[GeneratedImage]) -> N
 # ------------------------------------------------------------------------------------ TensorRT
 
 
+def test_engines_are_still_the_model(bundle: Path, tmp_path: Path) -> None:
+    request = VerifyRequest(SidesRequest(bundle), images=2, out=tmp_path / "report")
+    verification = verify(request, lambda stage: None)
+    assert verification.failures == []
+    assert "cuda" in verification.ran
+
+
 def test_images_are_those_of_the_cpu(bundle: Path, cpu_images: list[GeneratedImage]) -> None:
     images = Pipeline.open(bundle).generate(CLASSES)
     assert equal_share(images, cpu_images) > 0.9
@@ -115,6 +132,17 @@ def test_decoded_images_are_finite(bundle: Path) -> None:
     image = Pipeline.open(bundle).detokenize(token_ids)
     assert np.isfinite(image).all()
     assert image.std() > 0
+
+
+def test_a_trace_ends_in_the_image(bundle: Path) -> None:
+    """Bit for bit, though the others are decoded one by one and the image was in a batch."""
+    pipeline = Pipeline.open(bundle)
+    for image in pipeline.generate(CLASSES, batch=MAX_BATCH):
+        trace = pipeline.trace(image)
+        assert len(trace) == 4
+        np.testing.assert_array_equal(trace[-1], image.pixels)
+        blank = [(picture == BLANK).all(axis=2).mean() for picture in trace]
+        assert blank[0] > blank[1] > blank[2] > 0
 
 
 def test_the_same_seed_gives_the_same_image_whatever_the_batch(bundle: Path) -> None:

@@ -14,6 +14,7 @@ from lpd_export.images import (
     _wrapped,
     contact_sheet,
     draw_schedule,
+    draw_trace,
     save_png,
     step_colours,
     to_uint8,
@@ -229,3 +230,79 @@ def test_step_colours_go_from_dark_to_light(steps: int) -> None:
 def test_an_order_that_is_not_there(index: int) -> None:
     with pytest.raises(UserError, match=f"no order {index}: the schedule has orders 0 to 1"):
         draw_schedule(Schedule.make(4, 5, count=2), index)
+
+
+# ------------------------------------------------------------------------------ trace drawing
+
+
+def steps_in_colours(steps: int, side: int) -> np.ndarray:
+    """A picture of one colour a step, no two alike."""
+    colours = np.array([(40 + step // 100, 90 + step % 100, 200) for step in range(steps)])
+    return np.broadcast_to(colours[:, None, None], (steps, side, side, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("steps", "side", "columns", "cell"),
+    [
+        (1, 32, 1, 192),
+        (4, 16, 2, 192),
+        (20, 32, 5, 192),
+        (20, 256, 5, 192),
+        (48, 512, 8, 192),
+        (13, 160, 5, 160),
+        (256, 8, 16, 96),
+    ],
+)
+def test_a_trace_is_drawn_step_by_step(steps: int, side: int, columns: int, cell: int) -> None:
+    pictures = steps_in_colours(steps, side)
+    drawing = np.asarray(draw_trace(pictures, np.full(steps, 3), "a title"))
+    codes = drawing @ np.array((1 << 16, 1 << 8, 1))
+    lefts, tops = [], []
+    for picture in pictures:
+        rows, across = np.nonzero(codes == picture[0, 0] @ (1 << 16, 1 << 8, 1))
+        assert len(rows) == cell**2
+        assert np.ptp(rows) == np.ptp(across) == cell - 1
+        tops.append(int(rows.min()))
+        lefts.append(int(across.min()))
+    # From left to right, then down, in rows as full as they can be.
+    assert sorted(range(steps), key=lambda step: (tops[step], lefts[step])) == list(range(steps))
+    assert len(set(lefts)) == columns
+    assert len(set(tops)) == -(-steps // columns)
+    title = drawing[: tops[0]].min(axis=2) < 128
+    assert title.any()
+
+
+def test_the_words_of_a_trace_say_how_many_cells_are_filled() -> None:
+    pictures = np.full((2, 32, 32, 3), 255, np.uint8)
+
+    def ink(sizes: list[int]) -> list[np.ndarray]:
+        """What is written under each of two pictures."""
+        drawing = np.asarray(draw_trace(pictures, np.array(sizes), "")).min(axis=2) < 200
+        middle = 24 + 192 + 10
+        return [drawing[:, :middle], drawing[:, middle:]]
+
+    (one, rest), (three, last) = ink([1, 3]), ink([3, 1])
+    assert not np.array_equal(one, three)
+    assert not np.array_equal(rest, last)
+    assert np.array_equal(ink([1, 3])[0], one)
+    # Singular and plural: the words of three cells are longer than those of one.
+    assert three.any(axis=0).nonzero()[0].max() > one.any(axis=0).nonzero()[0].max()
+
+
+def test_a_long_title_widens_the_drawing() -> None:
+    pictures = steps_in_colours(1, 32)
+    assert draw_trace(pictures, np.array([4]), "title").width < 250
+    assert draw_trace(pictures, np.array([4]), "a very long title " * 5).width > 500
+
+
+@pytest.mark.parametrize(
+    ("pictures", "sizes", "message"),
+    [
+        (steps_in_colours(2, 8), [1], "there are 2 pictures for 1 steps"),
+        (steps_in_colours(1, 8)[:0], [], "there are 0 pictures for 0 steps"),
+        (steps_in_colours(1, 8).astype(np.float32), [1], "pixels must be uint8"),
+    ],
+)
+def test_traces_that_cannot_be_drawn(pictures: np.ndarray, sizes: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw_trace(pictures, np.array(sizes, int), "")

@@ -227,6 +227,11 @@ def test_the_teacher_forcing_mask_is_the_rule(sizes: list[int]) -> None:
 
     expected = [[sees(row, column) for column in sequence] for row in sequence]
     assert teacher_forcing_mask(torch.tensor(sizes)).tolist() == expected
+    alone = [
+        [seen and (i == j or sequence[j][0] == "context") for j, seen in enumerate(row)]
+        for i, row in enumerate(expected)
+    ]
+    assert teacher_forcing_mask(torch.tensor(sizes), mutual_visibility=False).tolist() == alone
 
 
 @given(

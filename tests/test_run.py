@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from commandline import Answer, answer, end, entries, mistake, sentence, start, wait_for
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
 from lpd_export.bundle import Bundle
-from lpd_export.images import save_png
-from lpd_export.run import is_whole
-from lpd_export.schedule import Schedule
+from lpd_export.errors import UserError
+from lpd_export.images import BLANK, save_png
+from lpd_export.pipeline import Pipeline
+from lpd_export.run import RunRequest, generate_images, is_whole
+from lpd_export.schedule import Schedule, step_of_cell
 
-SHEET, RECORDS = "contact_sheet.png", "images.jsonl"
+SHEET, RECORDS, LOCK = "contact_sheet.png", "images.jsonl", ".run.lock"
 
 
 def run(bundle: Path, out: Path, *options: object) -> list[dict[str, Any]]:
@@ -82,6 +85,7 @@ def test_what_a_run_of_the_demo_writes(demo_bundle: Path, tmp_path: Path) -> Non
     ids = np.load(tokens)
     assert ids.dtype == np.int64
     assert ids.shape == (8, 256)
+    assert ids.tolist() == [row["token_ids"] for row in rows]
     assert ids.min() >= 0
     assert ids.max() < manifest.model.vocab_size
 
@@ -115,6 +119,160 @@ def test_a_long_run_has_a_sheet_of_its_first_images(small_bundle: Path, tmp_path
     assert len(rows) == 105
     assert len(pictures(tmp_path / "a")) == 105
     pixels(tmp_path / "a" / SHEET)
+
+
+# ------------------------------------------------------------------------------------- traces
+
+
+def traces(out: Path) -> dict[str, bytes]:
+    """All files of the traces, by path."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in (out / "trace").rglob("*")
+        if path.is_file()
+    }
+
+
+def trace_files(rows: list[dict[str, Any]], steps: int) -> list[str]:
+    """All that belongs to the traces of these images."""
+    folders = [f"trace/{Path(row['file']).stem}" for row in rows]
+    pictures = [f"{folder}/step_{step:02d}.png" for folder in folders for step in range(steps)]
+    return sorted(["trace", *folders, *pictures, *(f"{folder}.png" for folder in folders)])
+
+
+def test_a_trace_shows_how_each_image_fills_in(demo_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    rows = run(demo_bundle, out, "--class", "heart", "none", "-n", 2, "--batch", 3, "--trace")
+    files = [row["file"] for row in rows]
+    assert sorted(entries(out)) == sorted([*files, SHEET, RECORDS, *trace_files(rows, 20)])
+    schedule = Bundle.open(demo_bundle).schedule()
+    for row in rows:
+        image, folder = pixels(out / row["file"]), out / "trace" / Path(row["file"]).stem
+        steps = step_of_cell(schedule.orders[[row["order"]]], schedule.group_sizes)
+        of_pixel = steps.reshape(16, 16).repeat(2, axis=0).repeat(2, axis=1)
+        for step in range(20):
+            picture = pixels(folder / f"step_{step:02d}.png")
+            assert (picture[of_pixel > step] == BLANK).all()
+            assert (picture[of_pixel <= step] != BLANK).any(axis=1).mean() > 0.8
+        assert (picture == image).all()
+        drawing = pixels(out / "trace" / row["file"])
+        assert drawing.shape[0] > 4 * 192  # 5 x 4 pictures of 192 pixels, with words
+        assert drawing.shape[1] > 5 * 192
+    (last,) = Pipeline.open(demo_bundle).generate(["heart"])
+    expected = Pipeline.open(demo_bundle).trace(last)
+    for step, picture in enumerate(expected):
+        assert (pixels(out / f"trace/00000_heart/step_{step:02d}.png") == picture).all()
+
+
+def test_a_trace_follows_a_schedule_of_ones_own(demo_bundle: Path, tmp_path: Path) -> None:
+    Schedule.make(16, 102, kind="raster", count=1).save(tmp_path / "102.npz")
+    options = ["--class", "heart", "--schedule", tmp_path / "102.npz", "--trace"]
+    (row,) = run(demo_bundle, tmp_path / "a", *options)
+    folder = tmp_path / "a/trace/00000_heart"
+    # As many digits as the last step has, so that names sort by step.
+    assert entries(folder) == [f"step_{step:03d}.png" for step in range(102)]
+    assert (pixels(folder / "step_101.png") == pixels(tmp_path / "a" / row["file"])).all()
+    first = pixels(folder / "step_000.png")
+    assert (first[:2, :2] != BLANK).any()
+    assert (first[2:] == BLANK).all()
+
+
+def test_neither_the_batch_nor_the_trace_changes_the_other(
+    small_bundle: Path, tmp_path: Path
+) -> None:
+    classes = ["--class", "0", "1", "none", "-n", 2, "--seed", 3]
+    run(small_bundle, tmp_path / "plain", *classes)
+    for batch in (1, 4):
+        out = tmp_path / f"by_{batch}"
+        run(small_bundle, out, *classes, "--batch", batch, "--trace")
+        assert records(out) == records(tmp_path / "plain")
+        assert pictures(out) == pictures(tmp_path / "plain")
+        assert (out / SHEET).read_bytes() == (tmp_path / "plain" / SHEET).read_bytes()
+    assert traces(tmp_path / "by_1") == traces(tmp_path / "by_4")
+
+
+def test_a_resumed_run_makes_the_traces_that_are_missing(
+    small_bundle: Path, tmp_path: Path
+) -> None:
+    classes = ["--class", "all", "--seed", 3]
+    run(small_bundle, tmp_path / "whole", *classes, "--trace")
+    whole, out = traces(tmp_path / "whole"), tmp_path / "a"
+    assert len(whole) == 5 * 5
+
+    run(small_bundle, out, *classes)
+    assert not (out / "trace").exists()
+    run(small_bundle, out, *classes, "--trace", "--resume")
+    assert traces(out) == whole
+
+    (out / "trace/00000_red-panda/step_02.png").unlink()
+    (out / "trace/00000_red-panda/note.txt").write_text("mine")
+    (out / "trace/00001_ice-cream.png").unlink()
+    shutil.rmtree(out / "trace/00002_crane")
+    damaged = out / "trace/00003_crane/step_03.png"
+    damaged.write_bytes(damaged.read_bytes()[:-60])
+    (out / "00004_monkey-face.png").unlink()
+    leftover = out / "trace/.0123456789abcdef.tmp"
+    leftover.mkdir()
+    (leftover / "step_00.png").write_bytes(b"half a PNG")
+    said = answer("run", small_bundle, "--out", out, *classes, "--trace", "--resume")
+    assert said.code == 0, said
+    assert said.err.count("drawing the steps of") == 5
+    assert traces(out) == whole | {"trace/00000_red-panda/note.txt": b"mine"}
+    assert not leftover.exists()
+    assert pictures(out) == pictures(tmp_path / "whole")
+
+    again = answer("run", small_bundle, "--out", out, *classes, "--trace", "--resume", "--json")
+    assert "drawing the steps" not in again.err  # all are there
+    result = json.loads(again.out)
+    assert result["made"] == 0
+    assert result["traces"] == [str(out / "trace" / row["file"]) for row in records(out)]
+
+
+TRACED = ["--class", "all", "-n", 8, "--batch", 4, "--seed", 4, "--trace"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_leaves_no_half_trace(
+    small_bundle: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run(small_bundle, tmp_path / "whole", *TRACED)
+    whole, out = traces(tmp_path / "whole"), tmp_path / "images"
+    process = start("run", small_bundle, *TRACED, "--out", out)
+    wait_for(process, "drawing the steps of 00006")
+    process.send_signal(number)
+    said = end(process)
+    rows = records(out)
+    assert 7 <= len(rows) < 40
+    found = traces(out)
+    if number == signal.SIGINT:
+        assert said.code == 130, said
+        assert f"{len(rows)} of 40 images are in {out}, the same command with --re" in said.err
+        drawn = [row for row in rows if f"trace/{row['file']}" in found]
+        assert len(drawn) in (len(rows) - 1, len(rows))
+        names = {name for name in entries(out) if name.startswith("trace")}
+        # The last may have its pictures without the drawing, or nothing.
+        assert set(trace_files(drawn, 4)) <= names <= set(trace_files(rows, 4))
+        assert len(found) in (5 * len(drawn), 5 * len(drawn) + 4)
+    found = {name: content for name, content in found.items() if "/." not in name}
+    assert found.items() <= whole.items()
+    run(small_bundle, out, *TRACED, "--resume")
+    assert traces(out) == whole
+    assert entries(out) == entries(tmp_path / "whole")
+
+
+def test_a_trace_that_cannot_be_written(small_bundle: Path, tmp_path: Path) -> None:
+    run(small_bundle, tmp_path / "a", "--class", "0")
+    (tmp_path / "a/trace").write_text("mine")
+    before = entries(tmp_path)
+    options = ["--class", "0", "--out", tmp_path / "a", "--trace", "--resume"]
+    said = mistake("run", small_bundle, *options)
+    assert said == f"cannot write to {tmp_path}/a/trace: File exists"
+    (tmp_path / "a/trace").unlink()
+    (tmp_path / "a/trace").mkdir()
+    (tmp_path / "a/trace/00000_red-panda").write_text("mine")
+    said = mistake("run", small_bundle, *options)
+    assert said == f"cannot write {tmp_path}/a/trace/00000_red-panda: Not a directory"
+    assert entries(tmp_path) == [*before, "a/trace/00000_red-panda"]
 
 
 # -------------------------------------------------------------------------- what does not matter
@@ -225,7 +383,7 @@ def test_a_schedule_of_ones_own(small_bundle: Path, tmp_path: Path) -> None:
         ("--class 0 --schedule 8x8.json --steps 65", "65 steps are too many for 64 cells"),
         ("--class 0 --save-tokens 8x8.npz", "8x8.npz exists: choose another --save-tokens"),
         ("--class 0 --save-tokens gone/a.npy", "cannot write gone/a.npy: its folder does not ex"),
-        ("--class 0 --save-tokens a.npy --resume", "--save-tokens does not go with --resume"),
+        ("--class 0 --save-tokens 8x8.npz --resume", "8x8.npz exists: choose another --save-tok"),
         ("--class 0 --cfg 3e38", "NaN or infinite"),  # noticed only while generating
     ],
 )
@@ -363,6 +521,7 @@ def test_a_killed_run_goes_on(small_bundle: Path, tmp_path: Path, uninterrupted:
     wait_for(process, "images ")
     process.kill()
     end(process)
+    assert (out / LOCK).exists()  # a lock of the dead locks nobody out
     # What a kill at a worse moment would leave besides.
     with open(out / RECORDS, "a") as file:
         file.write((uninterrupted / RECORDS).read_text().splitlines()[-1][:-20])
@@ -371,6 +530,129 @@ def test_a_killed_run_goes_on(small_bundle: Path, tmp_path: Path, uninterrupted:
     (out / last).write_bytes((out / last).read_bytes()[:-30])
     assert run(small_bundle, out, *MANY, "--resume") == records(uninterrupted)
     assert_same(out, uninterrupted)
+
+
+FEWER = ["--class", "all", "-n", 30, "--batch", 2, "--seed", 4]
+
+
+@pytest.fixture(scope="module")
+def fewer(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "fewer"
+    run(small_bundle, out, *FEWER)
+    return out
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_two_runs_do_not_write_to_one_folder(
+    small_bundle: Path, tmp_path: Path, fewer: Path, resume: list[str]
+) -> None:
+    out = tmp_path / "images"
+    process = start("run", small_bundle, *FEWER, "--out", out)
+    wait_for(process, "images ")
+    said = mistake("run", small_bundle, *FEWER, "--out", out, *resume)
+    assert said == (f"another run is writing to {out}: wait for it to end, or choose another --out")
+    assert process.poll() is None  # it was told while the other ran
+    assert end(process).code == 0
+    assert_same(out, fewer)
+
+
+def test_of_two_runs_that_start_together_one_goes_on(
+    small_bundle: Path, tmp_path: Path, fewer: Path
+) -> None:
+    out = tmp_path / "a/images"
+    processes = [start("run", small_bundle, *FEWER, "--out", out) for _ in range(2)]
+    answers = sorted((end(process) for process in processes), key=lambda said: said.code)
+    assert [said.code for said in answers] == [0, 2], answers
+    assert str(out) in sentence(answers[1])
+    assert_same(out, fewer)
+
+
+def test_a_lock_that_a_kill_left_is_no_obstacle(small_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / LOCK).touch()
+    run(small_bundle, tmp_path / "a", "--class", "0")
+    assert LOCK not in entries(tmp_path / "a")
+    # It does not make a folder of somebody else's ours, nor vanish while it is held.
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/mine").touch()
+    with FileLock(tmp_path / "b" / LOCK):
+        said = mistake("run", small_bundle, "--class", "0", "--out", tmp_path / "b")
+        assert said.startswith(f"another run is writing to {tmp_path / 'b'}: ")
+        assert (tmp_path / "b" / LOCK).exists()
+    said = mistake("run", small_bundle, "--class", "0", "--out", tmp_path / "b")
+    assert said == f"{tmp_path / 'b'} exists and is not empty: choose another --out"
+    assert entries(tmp_path / "b") == ["mine"]
+
+
+def test_a_run_inside_a_run_is_told_too(small_bundle: Path, tmp_path: Path) -> None:
+    """From Python, in one process and one thread."""
+    request = RunRequest(small_bundle, ["0"], tmp_path / "a")
+    told = []
+
+    def advance(_: object) -> None:
+        with pytest.raises(UserError, match="another run is writing to") as error:
+            generate_images(request)
+        told.append(str(error.value))
+
+    assert generate_images(request, advance=advance).made == 1
+    assert len(told) == 4
+    assert entries(tmp_path / "a") == sorted(["00000_red-panda.png", SHEET, RECORDS])
+
+
+def test_a_resumed_run_saves_the_tokens_of_all_images(
+    small_bundle: Path, tmp_path: Path, fewer: Path
+) -> None:
+    expected = np.array([row["token_ids"] for row in records(fewer)])
+    assert expected.shape == (150, 16)
+    out, tokens = tmp_path / "images", tmp_path / "ids.npy"
+    process = start("run", small_bundle, *FEWER, "--out", out, "--save-tokens", tokens)
+    wait_for(process, "images ")
+    process.send_signal(signal.SIGINT)
+    said = end(process)
+    assert said.err.splitlines()[-1].endswith("the same command with --resume makes the rest")
+    assert not tokens.exists()
+    earlier = records(out)
+    assert 0 < len(earlier) < 150
+    run(small_bundle, out, *FEWER, "--save-tokens", tokens, "--resume")
+    assert np.load(tokens).dtype == np.int64
+    assert (np.load(tokens) == expected).all()
+    assert_same(out, fewer)
+    # A run that saved none has them too.
+    run(small_bundle, out, *FEWER, "--save-tokens", out / "later.npy", "--resume")
+    assert (np.load(out / "later.npy") == expected).all()
+
+
+def test_the_saved_tokens_of_earlier_images_are_those_they_were_made_of(
+    small_bundle: Path, tmp_path: Path
+) -> None:
+    """They are read, not made again: tokens that were altered come back altered."""
+    run(small_bundle, tmp_path / "a", "--class", "0", "1")
+    lines = (tmp_path / "a" / RECORDS).read_text().splitlines()
+    row = json.loads(lines[0])
+    row["token_ids"] = row["token_ids"][::-1]
+    (tmp_path / "a" / RECORDS).write_text("\n".join([json.dumps(row), *lines[1:], ""]))
+    options = ["--class", "0", "1", "-n", 2, "--save-tokens", tmp_path / "ids.npy", "--resume"]
+    run(small_bundle, tmp_path / "a", *options)
+    assert np.load(tmp_path / "ids.npy")[0].tolist() == row["token_ids"]
+    assert len(np.load(tmp_path / "ids.npy")) == 4
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], [1] * 15, [64] * 16, [-1] * 16, [1.0] * 16, [True] * 16, "1" * 16]
+)
+def test_an_image_whose_tokens_are_lost_is_made_again(
+    small_bundle: Path, tmp_path: Path, value: object
+) -> None:
+    rows = run(small_bundle, tmp_path / "a", "--class", "0", "1")
+    row = {key: entry for key, entry in rows[0].items() if key != "token_ids"}
+    if value is not None:
+        row["token_ids"] = value
+    lines = [json.dumps(line) + "\n" for line in (row, rows[1])]
+    (tmp_path / "a" / RECORDS).write_text("".join(lines))
+    options = ["--class", "0", "1", "--out", tmp_path / "a", "--resume", "--json"]
+    assert json.loads(answer("run", small_bundle, *options).out)["made"] == 1
+    # The lines are in the order that the images were made in.
+    assert sorted(records(tmp_path / "a"), key=lambda line: line["index"]) == rows
 
 
 def test_more_images_for_a_finished_run(small_bundle: Path, tmp_path: Path) -> None:

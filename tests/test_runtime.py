@@ -125,6 +125,25 @@ def test_demo_images_equal_the_reference(
     )
 
 
+@pytest.mark.parametrize("mutual_visibility", [True, False])
+def test_logits_equal_the_references_teacher_forced_pass(
+    demo_bundle: Path, demo_reference: tuple[LPD, VQTokenizer], mutual_visibility: bool
+) -> None:
+    """Step by step with a cache, and in one pass: two ways to the same logits."""
+    pipeline = Pipeline.open(demo_bundle, mutual_visibility=mutual_visibility)
+    images = pipeline.generate([3], cfg=1.0)
+    schedule, token_ids = pipeline.choose_schedule(None), torch.from_numpy(images[0].token_ids)
+    order = torch.from_numpy(schedule.orders[[images[0].order_index]].astype(np.int64))
+    sizes = schedule.group_sizes.tolist()
+    with torch.inference_mode():
+        expected = demo_reference[0](
+            token_ids[None], torch.tensor([3]), order, sizes, mutual_visibility
+        )
+    torch.testing.assert_close(
+        pipeline.teacher_forced_logits(images), expected, atol=1e-4, rtol=1e-4
+    )
+
+
 def test_images_without_a_class_equal_the_reference(
     pipeline: Pipeline, demo_reference: tuple[LPD, VQTokenizer]
 ) -> None:

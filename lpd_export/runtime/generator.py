@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lpd_export.errors import UserError
+from lpd_export.errors import NumericalError, UserError
 from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.sampler import Sampling, guide, sample
 from lpd_export.schedule import Phase, attention_mask
@@ -55,10 +55,18 @@ class Generator:
         executor: of the bundle's graphs.
         dimensions: of its model.
         phases: one a step (`schedule.phase_table`).
+        mutual_visibility: whether the queries of a step see one another.
     """
 
-    def __init__(self, executor: Executor, dimensions: Dimensions, phases: Sequence[Phase]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        dimensions: Dimensions,
+        phases: Sequence[Phase],
+        mutual_visibility: bool = True,
+    ) -> None:
         self._executor = executor
+        self._mutual_visibility = mutual_visibility
         self._dimensions = dimensions
         self._phases = phases
         self._batch: Batch | None = None
@@ -104,7 +112,14 @@ class Generator:
         size, guided = len(labels), sampling.guided
         if self._batch is None or (self._batch.size, self._batch.guided) != (size, guided):
             self._batch = None  # frees the caches before there are others
-            self._batch = Batch(self._executor, self._dimensions, self._phases, size, guided)
+            self._batch = Batch(
+                self._executor,
+                self._dimensions,
+                self._phases,
+                size,
+                guided,
+                self._mutual_visibility,
+            )
         batch = self._batch
         with self._executor.stream():
             batch.load(labels, orders, uniform, sampling.scale(self._dimensions.cells))
@@ -113,7 +128,7 @@ class Generator:
             finite = batch.finite.tolist()
         for step, is_finite in enumerate(finite):
             if not is_finite:
-                raise UserError(
+                raise NumericalError(
                     f"the logits of step {step} are NaN or infinite: cfg {sampling.cfg:g} is too "
                     "large, or the weights or the precision of this bundle are broken"
                 )
@@ -130,8 +145,10 @@ class Batch:
         phases: Sequence[Phase],
         size: int,
         guided: bool,
+        mutual_visibility: bool = True,
     ) -> None:
         self.size, self.guided = size, guided
+        self._mutual_visibility = mutual_visibility
         self._dimensions = dimensions
         self._executor = executor
         rows = 2 * size if guided else size
@@ -179,7 +196,9 @@ class Batch:
         token_ids = integers(rows, phase.context)
         positions = integers(rows, phase.tokens)
         masked = torch.finfo(self._executor.float_type).min
-        mask = torch.from_numpy(attention_mask(phase, self._dimensions.cells, masked))
+        mask = torch.from_numpy(
+            attention_mask(phase, self._dimensions.cells, masked, self._mutual_visibility)
+        )
         tensors = {
             "token_ids": token_ids,
             "positions": positions,

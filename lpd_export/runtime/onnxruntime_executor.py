@@ -7,6 +7,7 @@ torch's operations use, so that nothing has to wait in between.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +23,18 @@ from lpd_export.runtime.executor import Run
 
 ELEMENT_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises UserError for a --threads that this machine does not take."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise UserError(f"--threads must be at least 1, but it is {threads}")
+    # Far too many end the process inside ONNX Runtime, without a word.
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if threads > most:
+        raise UserError(f"--threads {threads} is more than this machine takes ({most})")
 
 
 class OnnxRuntimeExecutor:

@@ -1,0 +1,1 @@
+"""Is a bundle still the model? Polygraphy comparisons with the reference, and a verdict."""

@@ -1,0 +1,137 @@
+"""Finds the fewest layers that INT8 must spare for the thresholds to hold.
+
+Halves the layers again and again: what is kept in higher precision on trial is quantized, run and
+judged like any bundle. Knows the search and the trials; which limits hold is judged by the caller.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import onnx_ir as ir
+
+from lpd_export import export
+from lpd_export.accuracy.results import Bisection
+from lpd_export.bundle import GRAPH_NAMES
+from lpd_export.calibration import LayerMeasurement
+from lpd_export.casting import lower
+from lpd_export.files import write_atomically
+from lpd_export.quantization import quantize
+
+Element = TypeVar("Element")
+Judge = Callable[[str, Path], bool]
+"""From a graph's name and its trial file to whether every threshold of that graph holds."""
+
+
+def smallest_sufficient(
+    candidates: Sequence[Element], suffices: Callable[[frozenset[Element]], bool]
+) -> frozenset[Element] | None:
+    """A set of candidates that suffices and of which none can be left out.
+
+    Divide and conquer (Junker, QuickXplain, AAAI 2004): a few trials for each element of the
+    answer and each halving of the candidates. Where more elements spoil what suffices, which
+    rounding can bring about, the set still suffices, but some of it may be more than is needed.
+
+    Args:
+        candidates: the ones to prefer first.
+        suffices: whether a set does; asked once of each set.
+
+    Returns:
+        The set, or None if not even all candidates suffice.
+    """
+    answers: dict[frozenset[Element], bool] = {}
+
+    def enough(elements: frozenset[Element]) -> bool:
+        if elements not in answers:
+            answers[elements] = suffices(elements)
+        return answers[elements]
+
+    def needed_of(part: Sequence[Element], given: frozenset[Element]) -> frozenset[Element]:
+        """What of `part` is needed beside `given`, all of it together being known to be enough.
+
+        What is returned is known to be enough beside `given` too.
+        """
+        if enough(given):
+            return frozenset()
+        if len(part) == 1:
+            return frozenset(part)
+        first, second = part[: len(part) // 2], part[len(part) // 2 :]
+        of_second = needed_of(second, given | frozenset(first))
+        return of_second | needed_of(first, given | of_second)
+
+    if enough(frozenset()):
+        return frozenset()
+    if not candidates or not enough(frozenset(candidates)):
+        return None
+    return needed_of(candidates, frozenset())
+
+
+class Bisector:
+    """Searches the graphs of one model.
+
+    Args:
+        exact: a folder with the FP32 ONNX files.
+        scratch: a folder for trials; made here.
+        around: the float precision around INT8, fp32 or fp16.
+        judge: tells whether a trial's graph keeps the limits.
+        report: called with a line for each trial.
+    """
+
+    def __init__(
+        self,
+        exact: Path,
+        scratch: Path,
+        around: str,
+        judge: Judge,
+        report: Callable[[str], None],
+    ) -> None:
+        self._exact = exact
+        self._scratch = scratch
+        self._around = around
+        self._judge = judge
+        self._report = report
+
+    def search(self, graph: str, layers: Mapping[str, LayerMeasurement]) -> Bisection:
+        """The fewest layers of a graph to keep, the noisiest preferred.
+
+        layers: what was measured of each, by node.
+        """
+        noisiest = sorted(layers, key=lambda node: layers[node].noise, reverse=True)
+        trials = 0
+
+        def holds(kept: frozenset[str]) -> bool:
+            nonlocal trials
+            trials += 1
+            ranges = {n: m.activation_range for n, m in layers.items() if n not in kept}
+            held = self._try(graph, ranges)
+            self._report(
+                f"{graph}: {len(ranges)} of {len(layers)} layers in int8: "
+                f"{'the thresholds hold' if held else 'a threshold fails'}"
+            )
+            return held
+
+        kept = smallest_sufficient(noisiest, holds)
+        in_order = None if kept is None else [node for node in layers if node in kept]
+        return Bisection(graph, len(layers), in_order, trials)
+
+    def _try(self, graph: str, ranges: Mapping[str, float]) -> bool:
+        """Whether a graph with these layers quantized keeps the limits."""
+        model = ir.load(self._exact / f"{graph}.onnx")
+        lower(model, self._around)
+        quantize(model, ranges, unsigned=True)
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        export.write_models({graph: model}, self._scratch)
+        held = self._judge(graph, self._scratch / f"{graph}.onnx")
+        for file in self._scratch.iterdir():
+            file.unlink()
+        return held
+
+
+def save_kept_layers(found: Sequence[Bisection], path: Path) -> None:
+    """Writes what `lpd-export build --keep-layers` takes: a list of layers for each graph."""
+    kept: dict[str, Any] = {each.graph: each.kept for each in found if each.kept is not None}
+    assert set(kept) <= set(GRAPH_NAMES)
+    write_atomically(path, (json.dumps(kept, indent=1) + "\n").encode())

@@ -1,0 +1,381 @@
+"""Plots of a verification, as SVG that a page takes in whole: errors by phase, step and layer.
+
+Knows matplotlib, through figures of its own and never a display, and the colours that the page's
+style names. Does not know the page, limits or the verdict: it draws the numbers it is given.
+
+A logarithmic axis has no place for 0, NaN and infinite values: a 0 stands as a hollow point on the
+axis's lower end, the others as red crosses on its upper end, and the legend says so.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from numpy.typing import NDArray
+
+from lpd_export.accuracy.results import LayerError, Steps
+
+INK, FAINT, RULE = "#1f2328", "#656d76", "#d1d9e0"
+FIRST, SECOND, BAD = "#0b62c4", "#a85a00", "#c1272d"
+COLOURS = {
+    INK: "var(--ink)",
+    FAINT: "var(--faint)",
+    RULE: "var(--rule)",
+    FIRST: "var(--first)",
+    SECOND: "var(--second)",
+    BAD: "var(--bad)",
+}
+"""What a plot is drawn in, and what the page's style calls it, which is another by night."""
+
+WIDTH = 9.0  # inches
+LAYER_LABELS = 64
+"""So many layers are named beside their plot; of more, those that matter and some between."""
+_ZERO, _NOT_FINITE = "exactly 0", "NaN or infinite"
+_LAYER_HEIGHT = 0.165  # inches that the name of a layer takes
+_EMPTY_RANGE = (1e-8, 1.0)  # of a logarithmic axis without any value
+
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text that can be searched, in the page's font
+    "svg.hashsalt": "lpd-export",  # the same plot is the same file
+    "font.size": 9.0,
+    "text.parse_math": False,  # a layer's name is not a formula
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+}
+
+
+def errors_by_phase(errors: Mapping[str, Sequence[float]], limits: Mapping[str, float]) -> str:
+    """Errors along the decode phases on a logarithmic axis, with their limits as lines.
+
+    Args:
+        errors: at most two series by title, each with a value a phase, in order from phase 0.
+        limits: of each series; an infinite one is not drawn.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(3.5)
+        values = [*errors.values(), [limits[title] for title in errors]]
+        axes.set_yscale("log")
+        axes.set_ylim(*_log_range(np.concatenate([np.asarray(each, float) for each in values])))
+        for (title, series), colour, marker in zip(
+            errors.items(), (FIRST, SECOND), "os", strict=False
+        ):
+            _draw_series(axes, series, colour, title, marker=marker)
+        _draw_limits(axes, limits)
+        _log_ticks(axes.yaxis)
+        _count_along(axes, max(map(len, errors.values())), "decode phase")
+        axes.set_ylabel("relative error")
+        _legend(axes)
+        return _svg(figure, "errors-by-phase", "Cache and logits error by decode phase")
+
+
+def divergence_by_step(steps: Steps, kl_limit: float, top_1_limit: float) -> str:
+    """KL divergence, top-1 agreement and the number of cells, each along the steps.
+
+    The limits are drawn as lines where they are finite; they hold for the mean over all cells.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+        figure.patch.set_alpha(0)
+        kl, top_1, cells = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2.2, 0.9])
+        for axes in (kl, top_1, cells):
+            axes.patch.set_alpha(0)
+            axes.grid(axis="y")
+
+        kl.set_yscale("log")
+        kl.set_ylim(*_log_range(np.array([*steps.kl, kl_limit], float)))
+        _draw_series(kl, steps.kl, FIRST, "KL divergence", marker="o")
+        _draw_limits(kl, {"KL divergence": kl_limit})
+        _log_ticks(kl.yaxis)
+        kl.set_ylabel("KL divergence (nats)")
+        _legend(kl)
+
+        _draw_shares(top_1, steps.top_1, "top-1 agreement", top_1_limit)
+        top_1.set_ylabel("top-1 agreement")
+        _legend(top_1)
+
+        cells.bar(range(len(steps.cells)), steps.cells, color=FAINT, width=0.7)
+        cells.set_ylabel("cells")
+        cells.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        _count_along(cells, len(steps.kl), "step")
+        figure.align_ylabels()
+        return _svg(figure, "divergence-by-step", "KL divergence and top-1 agreement by step")
+
+
+def token_agreement_by_step(steps: Steps, parted: int | None) -> str:
+    """Share of equal tokens along the steps of images drawn freely.
+
+    Args:
+        steps: the measurements.
+        parted: the step from which the images are no longer all the same, marked by a line.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(2.9)
+        _draw_shares(axes, steps.token_agreement, "token agreement", -math.inf)
+        if parted is not None:
+            axes.axvline(parted, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
+            left = parted > len(steps.token_agreement) / 2
+            axes.annotate(
+                f"first difference: step {parted}",
+                (parted, 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(-6 if left else 6, 6),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="bottom",
+                color=BAD,
+            )
+        axes.set_ylabel("share of equal tokens")
+        _count_along(axes, len(steps.token_agreement), "step")
+        _legend(axes, always=False)
+        return _svg(figure, "token-agreement-by-step", "Share of equal tokens by step")
+
+
+def errors_by_layer(layers: Sequence[LayerError], grown: Sequence[LayerError]) -> str:
+    """The relative error of one graph's layers on a logarithmic axis, in order from the top.
+
+    Args:
+        layers: of one graph, in the order of computation; at least one.
+        grown: those of them to mark, the most important first; where not all layers can be named,
+            they are.
+
+    Returns:
+        An `<svg>` element, the taller the more layers, up to LAYER_LABELS.
+    """
+    with mpl.rc_context(_STYLE):
+        rows = min(len(layers), LAYER_LABELS)
+        figure, axes = _figure(0.9 + _LAYER_HEIGHT * max(rows, 4))
+        errors = np.array([layer.relative_error for layer in layers], float)
+        low, high = _log_range(errors)
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        axes.set_ylim(len(layers) - 0.4, -0.6)
+        size = 4.0 if len(layers) <= LAYER_LABELS else 2.5
+        _draw_series(axes, errors, FIRST, "relative error", upright=True, size=size)
+        places = {id(layer): place for place, layer in enumerate(layers)}
+        marked = [places[id(layer)] for layer in grown]
+        measured = [place for place in marked if np.isfinite(errors[place]) and errors[place] > 0]
+        if measured:
+            axes.plot(
+                errors[measured],
+                measured,
+                "o",
+                color=SECOND,
+                markersize=6,
+                label="in the table above",
+            )
+        _log_ticks(axes.xaxis)
+        named = _spread(len(layers), marked)
+        axes.set_yticks(named, [layers[place].layer for place in named], fontsize=8)
+        for place, label in zip(named, axes.get_yticklabels(), strict=True):
+            if place in marked:
+                label.set_color(SECOND)
+                label.set_fontweight("bold")
+        axes.grid(axis="y", linewidth=0.4)
+        axes.tick_params(axis="y", length=2)
+        tall = len(layers) > 30  # the numbers at the lower end are far from the first layers
+        axes.tick_params(axis="x", labeltop=tall)
+        axes.set_xlabel("relative error")
+        _legend(axes, above=2.4 if tall else 0.6)
+        graph = layers[0].graph
+        return _svg(figure, f"errors-by-layer-{graph}", f"Relative error by layer of {graph}")
+
+
+# ------------------------------------------------------------------------------------ parts
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    """A figure with one plot, see-through so that the page's own colour is behind it."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.grid(axis="both")
+    return figure, axes
+
+
+def _draw_series(
+    axes: Axes,
+    values: Sequence[float] | NDArray[np.float64],
+    colour: str,
+    title: str,
+    *,
+    marker: str = "o",
+    size: float = 4.0,
+    upright: bool = False,
+) -> None:
+    """A series on an axis that is logarithmic, its limits already set; see the module on 0.
+
+    upright: the series goes down the y axis, and its values along the x axis.
+    """
+    array = np.asarray(values, float)
+    places = np.arange(len(array))
+    drawn = np.isfinite(array) & (array > 0)
+    line = np.where(drawn, array, np.nan)  # broken where there is no value
+    pairs = (line, places) if upright else (places, line)
+    axes.plot(*pairs, color=colour, linewidth=1.3, marker=marker, markersize=size, label=title)
+    low, high = axes.get_xlim() if upright else axes.get_ylim()
+    _draw_edge(
+        axes,
+        places[array == 0],
+        low,
+        upright,
+        label=_ZERO,
+        color=colour,
+        marker=marker,
+        markersize=size + 2.5,
+        markerfacecolor="none",
+    )
+    _draw_edge(
+        axes,
+        places[~np.isfinite(array)],
+        high,
+        upright,
+        label=_NOT_FINITE,
+        color=BAD,
+        marker="X",
+        markersize=size + 2.5,
+    )
+
+
+def _draw_edge(
+    axes: Axes, places: NDArray[np.intp], edge: float, upright: bool = False, **style: Any
+) -> None:
+    """What has no place on the axis of values, on an end of it."""
+    if len(places):
+        edges = np.full(len(places), edge)
+        pairs = (edges, places) if upright else (places, edges)
+        axes.plot(*pairs, linestyle="none", clip_on=False, zorder=5, **style)
+
+
+def _draw_shares(axes: Axes, values: Sequence[float], title: str, limit: float) -> None:
+    """Shares along the steps; NaN as red crosses on the lower end."""
+    array = np.asarray(values, float)
+    finite = array[np.isfinite(array)]
+    low = min([*finite, *([limit] if math.isfinite(limit) else []), 0.99])
+    room = max((1 - low) * 0.12, 1e-3)
+    axes.set_ylim(low - room, 1 + room / 2)
+    axes.plot(
+        np.where(np.isfinite(array), array, np.nan),
+        color=SECOND,
+        linewidth=1.3,
+        marker="s",
+        markersize=4,
+        label=title,
+    )
+    bad = np.flatnonzero(~np.isfinite(array))
+    _draw_edge(axes, bad, low - room, label=_NOT_FINITE, color=BAD, marker="X", markersize=6.5)
+    _draw_limits(axes, {title: limit})
+
+
+def _draw_limits(axes: Axes, limits: Mapping[str, float]) -> None:
+    """A dashed line for each finite limit, one for those that are the same."""
+    titles: dict[float, list[str]] = {}
+    for title, limit in limits.items():
+        if math.isfinite(limit) and (limit > 0 or axes.get_yscale() == "linear"):
+            titles.setdefault(limit, []).append(title)
+    for (limit, _), style in zip(titles.items(), ((0, (5, 3)), (0, (1.5, 2))), strict=False):
+        of = "" if len(titles) < 2 else f" of {titles[limit][0]}"
+        axes.axhline(
+            limit, color=BAD, linewidth=1.1, linestyle=style, label=f"limit{of} {limit:.12g}"
+        )
+
+
+def _log_range(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Powers of ten around the values that a logarithmic axis can show."""
+    shown = values[np.isfinite(values) & (values > 0)]
+    if not len(shown):
+        return _EMPTY_RANGE
+    low = math.floor(math.log10(shown.min()) - 0.1)
+    high = math.ceil(math.log10(shown.max()) + 0.1)
+    # A float's smallest and largest powers, beyond which an axis cannot go.
+    return 10.0 ** max(low, -307), 10.0 ** min(high, 307)
+
+
+def _log_ticks(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(10, numticks=9))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _count_along(axes: Axes, count: int, title: str) -> None:
+    axes.set_xlim(-0.7, count - 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(13, integer=True, min_n_ticks=1))
+    axes.set_xlabel(title)
+
+
+def _legend(axes: Axes, always: bool = True, above: float = 0.6) -> None:
+    """Above the plot, where it hides no point; only for more than one thing unless `always`.
+
+    above: how far, in heights of the font.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))  # each label once
+    for label in (_ZERO, _NOT_FINITE):
+        if label in entries:
+            entries[label] = entries.pop(label)  # last
+    if always or len(entries) > 1:
+        axes.legend(
+            entries.values(),
+            entries,
+            ncols=5,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=above,
+        )
+
+
+def _spread(count: int, first: Iterable[int]) -> list[int]:
+    """At most about LAYER_LABELS places below `count`, none too near another, `first` if any."""
+    least = count / LAYER_LABELS
+    chosen: list[int] = []
+    for place in (*first, *range(count)):
+        if all(abs(place - other) >= max(least, 1) for other in chosen):
+            chosen.append(place)
+    return sorted(chosen)
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an `<svg>` element with the page's colours, and ids of its own."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue()
+    svg = text[text.index("<svg") :]
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, variable)
+    # Several plots are on one page: what they refer to must not be another's.
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)

@@ -1,0 +1,93 @@
+"""Verifies bundles of every precision, and prints the table of the README.
+
+    python scripts/accuracy.py                  # the demo model, 64 images
+    python scripts/accuracy.py --model lpd-l    # lpd-l at 256 px with random weights, 2 images
+
+Bundles are built below --folder if they are not there, and kept. Graphs are run by ONNX Runtime
+on the CPU: those of the BF16 bundle, which is one for TensorRT-RTX, with every value rounded to
+BF16 (`lpd-export verify --onnx`).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+COMMAND = Path(sys.executable).with_name("lpd-export")
+MODELS = {
+    "demo": ["engines/demo.toml"],
+    "lpd-l": ["--model", "lpd-l", "--res", "256", "--random-weights"],
+}
+DEFAULT_IMAGES = {"demo": 64, "lpd-l": 2}
+BACKENDS = {
+    "fp32": "onnxruntime",
+    "fp16": "onnxruntime",
+    "bf16": "tensorrt-rtx",
+    "int8": "onnxruntime",
+}
+COLUMNS = (
+    ("sequence_top_1", "top-1", "{:.2%}"),
+    ("sequence_kl", "KL, nats", "{:.2g}"),
+    ("logits_error", "logits error", "{:.2g}"),
+    ("cache_error", "cache error", "{:.2g}"),
+    ("image_psnr", "image PSNR, dB", "{:.1f}"),
+    ("index_agreement", "indices equal", "{:.2%}"),
+    ("token_agreement", "tokens equal", "{:.2%}"),
+)
+
+
+def build(model: str, precision: str, folder: Path) -> Path:
+    """The bundle of a model in a precision, built if it is not there."""
+    bundle = folder / f"{model}-{precision}"
+    if not bundle.exists():
+        options = ["--precision", precision, "--backend", BACKENDS[precision], "--out", bundle]
+        subprocess.run([COMMAND, "build", *MODELS[model], *options], check=True, stdout=sys.stderr)
+    return bundle
+
+
+def verify(bundle: Path, images: int) -> dict[str, object]:
+    """The findings of `lpd-export verify --json`."""
+    onnx = ["--onnx"] if bundle.name.endswith("-bf16") else []
+    command = [COMMAND, "verify", bundle, "--images", str(images), "--json", *onnx]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if found.returncode not in (0, 1):
+        sys.exit(found.returncode)
+    return json.loads(found.stdout)
+
+
+def worst(found: dict[str, object], metric: str) -> float:
+    """The worst value of a metric over all phases and tensors."""
+    values = [m["value"] for m in found["measurements"] if m["metric"] == metric]
+    higher_is_better = metric not in ("sequence_kl", "logits_error", "cache_error")
+    return min(values) if higher_is_better else max(values)
+
+
+@click.command()
+@click.option("--model", type=click.Choice(list(MODELS)), default="demo", show_default=True)
+@click.option("--images", type=int, help="Images to compare.  [default: 64 of demo, 2 of lpd-l]")
+@click.option(
+    "--precision", "precisions", multiple=True, type=click.Choice(list(BACKENDS)), help="[all]"
+)
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=Path("engines/accuracy"), show_default=True
+)
+def main(model: str, images: int | None, precisions: tuple[str, ...], folder: Path) -> None:
+    """Verifies bundles of every precision, and prints the table of the README."""
+    count = images or DEFAULT_IMAGES[model]
+    table = Table("precision", *(title for _, title, _ in COLUMNS), "seconds", "verdict")
+    for precision in precisions or BACKENDS:
+        found = verify(build(model, precision, folder), count)
+        values = (form.format(worst(found, metric)) for metric, _, form in COLUMNS)
+        verdict = "passed" if found["passed"] else "FAILED"
+        table.add_row(precision, *values, f"{found['seconds']:.0f}", verdict)
+    Console(width=120).print(f"{model}, {count} images, against the PyTorch reference", table)
+
+
+if __name__ == "__main__":
+    main()
