@@ -35,15 +35,14 @@ from lpd_export.bundle import (
     describe_files,
     new_bundle,
 )
-from lpd_export.engine import Progress
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
 from lpd_export.pipeline import Pipeline
 from lpd_export.precision import PrecisionWriter, compute_precision, read_kept_layers
+from lpd_export.progress import Progress, Report
 from lpd_export.recipe import BuildRequest
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.settings import (
-    Report,
     Settings,
     Source,
     check_request,

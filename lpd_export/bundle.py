@@ -6,21 +6,18 @@ at all. Does not know how its graphs are made or run.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lpd_export.errors import UserError
-from lpd_export.files import check_writable, sha256, uninterrupted
+from lpd_export.files import check_writable, new_folder, sha256
 from lpd_export.schedule import Phase, Schedule, phase_table
 
 FORMAT_VERSION = 1
@@ -258,73 +255,16 @@ def check_destination(out: Path, replace: bool) -> None:
     check_writable(out.parent)
 
 
-@contextlib.contextmanager
-def new_bundle(out: Path, replace: bool = False) -> Iterator[Path]:
+def new_bundle(out: Path, replace: bool = False) -> AbstractContextManager[Path]:
     """A folder to write a bundle in, which takes the name `out` when the block ends well.
 
-    Until then it has a temporary name beside `out`; if the block fails or is interrupted it is
-    removed, and what a killed build left is removed by the next one.
+    If the block fails or is interrupted, an older bundle stays and nothing else does.
 
     Raises:
         UserError: as `check_destination`, or if another build is writing the same bundle.
     """
-    check_destination(out, replace)
-    partial = out.with_name(f".{out.name}.partial")
-    made = [folder for folder in out.absolute().parents if not os.path.lexists(folder)]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial, out):
-            check_destination(out, replace)  # another build may just have ended
-            yield partial
-            with uninterrupted():
-                check_destination(out, replace)  # something may have come there meanwhile
-                _rename(partial, out)
-    except OSError as error:
-        # NumPy reports a short write in its own words.
-        reason = error.strerror or f"the disk is full ({error})"
-        raise UserError(f"cannot write {out}: {reason}") from error
-    finally:
-        if not out.exists():
-            for folder in made:
-                with contextlib.suppress(OSError):  # not empty: another process uses it
-                    folder.rmdir()
-
-
-def _rename(partial: Path, out: Path) -> None:
-    """Gives a whole bundle its name, in the place of an older one if there is one."""
-    replaced = _replaced(out)
-    if out.exists():
-        out.rename(replaced)
-    try:
-        partial.rename(out)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(out)
-        raise
-
-
-def _replaced(out: Path) -> Path:
-    return out.with_name(f".{out.name}.replaced")
-
-
-@contextlib.contextmanager
-def _locked(partial: Path, out: Path) -> Iterator[None]:
-    """Holds `partial` as an empty folder of this process alone, and removes it at the end."""
-    lock_file = partial.with_suffix(".lock")
-    lock = FileLock(lock_file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another build is writing {out}: wait for it to end") from error
-    leftovers = (partial, _replaced(out))
-    try:
-        for folder in leftovers:
-            shutil.rmtree(folder, ignore_errors=True)
-        partial.mkdir()
-        yield
-    finally:
-        with uninterrupted():
-            for folder in leftovers:
-                shutil.rmtree(folder, ignore_errors=True)
-            lock_file.unlink(missing_ok=True)
-            lock.release()
+    return new_folder(
+        out,
+        taken=f"another build is writing {out}: wait for it to end",
+        check=partial(check_destination, out, replace),
+    )

@@ -29,6 +29,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from lpd_export.casting import WIDEST_FUSED_HEAD
 from lpd_export.errors import UserError
+from lpd_export.progress import Progress
 from lpd_export.schedule import Phase
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -43,9 +44,6 @@ fp16 and 20 MB in int8 for lpd-l, and seconds to the build: one a phase takes 10
 for all 5 s and 680 MB. All are fused into the same layers; but one profile would tune the prefill
 of 2 tokens as if it had 40.
 """
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage of the build in TensorRT's words, the steps done and the steps in all."""
 
 
 # ----------------------------------------------------------------------------------- profiles

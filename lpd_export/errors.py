@@ -12,5 +12,12 @@ class NumericalError(UserError):
     """NaN or infinite values in a model: its weights or its precision are broken."""
 
 
+class GraphError(UserError):
+    """A loaded graph that fails when it is run: the sentence says which, and the backend's reason.
+
+    Memory that does not suffice is no such error: it says nothing of the graph.
+    """
+
+
 class Interrupted(Exception):  # noqa: N818, like KeyboardInterrupt it is no error
     """Work that was stopped on request; the sentence says what is there and how to go on."""

@@ -212,8 +212,8 @@ def write_phases(folder: Path, phases: Sequence[Phase], rows: int) -> list[Path]
         model = ir.load(folder / "decode.onnx")
         sizes = {"rows": rows, "context_tokens": phase.context, "tokens": phase.tokens}
         make_static(model, sizes)
-        model.graph.name = f"phase_{phase.index:02d}"
-        paths.append(folder / f"phase_{phase.index:02d}.onnx")
+        model.graph.name = phase.name
+        paths.append(folder / f"{phase.name}.onnx")
         ir.save(model, paths[-1])
     return paths
 

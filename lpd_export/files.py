@@ -1,13 +1,16 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lpd_export.errors import UserError
 
@@ -31,6 +34,99 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, taken: str, check: Callable[[], None]) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` when the block ends well.
+
+    Until then it has a temporary name beside `path`, and a folder that is at `path` stays. If the
+    block fails or is interrupted, or the name cannot be given, what was there before is all that
+    is left; parents made for the folder are gone too. What a killed process left is put in order by
+    the next one.
+
+    Args:
+        path: its parents are made if need be.
+        taken: the sentence for the user if another process is making the same folder.
+        check: raises UserError if what is at `path` may not be replaced. Asked before anything is
+            made, when no other process can be at work, and at the end.
+
+    Raises:
+        UserError: as `check`, if another process is making it, or if something cannot be written.
+    """
+    check()
+    partial, replaced, lock_file = (
+        path.with_name(f".{path.name}.{kind}") for kind in ("partial", "replaced", "lock")
+    )
+    made = [folder for folder in path.absolute().parents if not os.path.lexists(folder)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(lock_file, taken):
+            if os.path.lexists(replaced) and not os.path.lexists(path):
+                replaced.rename(path)  # killed between the two renames
+            for leftover in (partial, replaced):
+                if os.path.lexists(leftover):
+                    shutil.rmtree(leftover)
+            check()
+            try:
+                partial.mkdir()
+                yield partial
+                with uninterrupted():
+                    check()
+                    _rename(partial, path, replaced)
+            finally:
+                with uninterrupted():
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        # NumPy reports a short write in its own words.
+        reason = error.strerror or f"the disk is full ({error})"
+        raise UserError(f"cannot write {path}: {reason}") from error
+    finally:
+        if not path.exists():
+            for folder in made:
+                with contextlib.suppress(OSError):  # not empty: another process uses it
+                    folder.rmdir()
+
+
+def _rename(new: Path, path: Path, replaced: Path) -> None:
+    """Gives a whole folder its name; an older one is `replaced` until then, and back on failure."""
+    older = path.exists()
+    if older:
+        path.rename(replaced)
+    try:
+        new.rename(path)
+    except OSError as error:
+        if older:
+            try:
+                replaced.rename(path)
+            except OSError:
+                raise UserError(
+                    f"cannot write {path}: {error.strerror}; what was there before is in {replaced}"
+                ) from error
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(lock_file: Path, taken: str) -> Iterator[None]:
+    """Holds a lock file for the block, and removes it at the end.
+
+    Raises:
+        UserError: with the sentence `taken`, if another process holds it.
+        OSError: if it cannot be written.
+    """
+    lock_file.touch()  # where it cannot be written, the lock would say that it is taken
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(taken) from error
+    try:
+        yield
+    finally:
+        with uninterrupted():
+            lock_file.unlink(missing_ok=True)
+            lock.release()
 
 
 def check_writable(path: Path) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,10 @@ from lpd_export.calibration import IMAGES, Calibration, Calibrator
 from lpd_export.casting import check_ranges, lower
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256, write_atomically
+from lpd_export.progress import Report
 from lpd_export.quantization import quantize
 from lpd_export.schedule import Schedule
 from lpd_export.sensitivity import Chooser
-
-Report = Callable[[str], None]
 
 
 def compute_precision(precision: str, backend: str) -> str:

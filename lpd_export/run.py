@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 
 from lpd_export.bundle import MANIFEST
 from lpd_export.classes import display_name, resolve_classes
 from lpd_export.errors import Interrupted, UserError
-from lpd_export.files import check_writable, sha256, uninterrupted, write_atomically
+from lpd_export.files import check_writable, exclusive, sha256, uninterrupted, write_atomically
 from lpd_export.images import contact_sheet, draw_trace, save_png
 from lpd_export.pipeline import GeneratedImage, Pipeline, Progress
 from lpd_export.runtime.onnxruntime_executor import check_threads
@@ -272,22 +271,14 @@ def locked(out: Path, resume: bool) -> Iterator[None]:
     if not os.path.lexists(lock_file):  # a folder of somebody else's is left as it is
         check_out(out, resume)
     create_folder(out)
-    lock = FileLock(lock_file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another run is writing to {out}: wait for it to end, or choose another --out"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
-    try:
+    taken = f"another run is writing to {out}: wait for it to end, or choose another --out"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(lock_file, taken))
+        except OSError as error:
+            raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
         check_out(out, resume)  # another run may just have ended
         yield
-    finally:
-        with uninterrupted():
-            lock_file.unlink(missing_ok=True)
-            lock.release()
 
 
 @dataclass(frozen=True)

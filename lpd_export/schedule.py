@@ -248,6 +248,11 @@ class Phase:
     first_cell: int
 
     @property
+    def name(self) -> str:
+        """As the phase's ONNX file is called: `phase_07`."""
+        return f"phase_{self.index:02d}"
+
+    @property
     def tokens(self) -> int:
         """Context and queries together: the rows of the cache that this phase writes."""
         return self.context + self.queries

@@ -9,7 +9,7 @@ quantized is in `quantization`, how noise is measured in `calibration`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from lpd_export.bundle import Manifest
 from lpd_export.calibration import IMAGES, SEED, LayerMeasurement, spread_labels
 from lpd_export.errors import UserError
 from lpd_export.pipeline import GeneratedImage, Pipeline
+from lpd_export.progress import Report
 from lpd_export.quantization import quantize
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.schedule import Schedule
@@ -98,7 +99,7 @@ class Chooser:
         self,
         graph: str,
         layers: Mapping[str, LayerMeasurement],
-        report: Callable[[str], None] = lambda line: None,
+        report: Report = lambda line: None,
     ) -> tuple[dict[str, float], GraphDecision]:
         """The activation ranges of the layers to quantize, by node, and the decision.
 
@@ -128,7 +129,7 @@ class Chooser:
         graph: str,
         layers: Mapping[str, LayerMeasurement],
         kept: Sequence[str],
-        report: Callable[[str], None] = lambda line: None,
+        report: Report = lambda line: None,
     ) -> tuple[dict[str, float], GraphDecision]:
         """As `choose`, with the layers to keep decided elsewhere; what they give is measured."""
         target = TARGETS[graph]

@@ -7,7 +7,6 @@ be met here, or need more room than there is. Writes nothing.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from lpd_export import classes, engine
 from lpd_export.doctor import can_build
 from lpd_export.errors import UserError
 from lpd_export.machine import read_memory
+from lpd_export.progress import Report
 from lpd_export.published import (
     NUM_CLASSES,
     TOKENIZER,
@@ -28,8 +28,6 @@ from lpd_export.schedule import Phase, Schedule, phase_table
 from reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
 from reference.lpd import LPD, PUBLISHED_MODELS, LPDConfig
 from reference.vq import VQConfig, VQTokenizer
-
-Report = Callable[[str], None]
 
 DEFAULT_MODEL = "lpd-l"
 DEFAULT_RESOLUTION = 256

@@ -11,13 +11,18 @@ BF16 (`lpd-export verify --onnx`).
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from lpd_export.accuracy.thresholds import HIGHER_IS_BETTER
 
 COMMAND = Path(sys.executable).with_name("lpd-export")
 MODELS = {
@@ -51,7 +56,7 @@ def build(model: str, precision: str, folder: Path) -> Path:
     return bundle
 
 
-def verify(bundle: Path, images: int) -> dict[str, object]:
+def verify(bundle: Path, images: int) -> dict[str, Any]:
     """The findings of `lpd-export verify --json`."""
     onnx = ["--onnx"] if bundle.name.endswith("-bf16") else []
     command = [COMMAND, "verify", bundle, "--images", str(images), "--json", *onnx]
@@ -61,11 +66,16 @@ def verify(bundle: Path, images: int) -> dict[str, object]:
     return json.loads(found.stdout)
 
 
-def worst(found: dict[str, object], metric: str) -> float:
-    """The worst value of a metric over all phases and tensors."""
-    values = [m["value"] for m in found["measurements"] if m["metric"] == metric]
-    higher_is_better = metric not in ("sequence_kl", "logits_error", "cache_error")
-    return min(values) if higher_is_better else max(values)
+def worst(found: dict[str, Any], metric: str) -> float:
+    """The worst value of a metric over all phases and tensors; NaN if one is not a number."""
+    values = []
+    for measured in found["measurements"]:
+        if measured["metric"] == metric:
+            # Of what JSON has no number for, infinity may pass, as the PSNR of equal images does.
+            missing = math.inf if measured["passed"] else math.nan
+            values.append(missing if measured["value"] is None else measured["value"])
+    # NumPy hands NaN on.
+    return float(np.min(values) if metric in HIGHER_IS_BETTER else np.max(values))
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import itertools
@@ -40,6 +41,7 @@ from lpd_export.accuracy.comparison import (
     agreement,
     comparable,
     image_psnr,
+    index_agreement,
     kl_divergence,
     psnr,
     relative_error,
@@ -67,6 +69,7 @@ PHASE_FILES = [f"{phase}.onnx" for phase in PHASES[:4]]
 TABLE = [*PHASES, "sequence", "generation"]
 METRICS = [threshold.metric for threshold in THRESHOLDS]
 BIN = Path(sys.executable).parent
+README = Path(__file__).parents[1] / "README.md"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 FloatArray = NDArray[np.float32]
@@ -248,6 +251,7 @@ def outputs(seed: int, error: float = 0.0) -> dict[str, NDArray[Any]]:
 
 
 @given(st.integers(0, 1000), st.floats(1e-6, 2))
+@settings(deadline=None)
 def test_polygraphy_measures_what_numpy_does(seed: int, error: float) -> None:
     expected, actual = outputs(seed), outputs(seed, error)
     actual[LEFT_ALONE] = np.array([0.0, error], np.float32)
@@ -264,6 +268,8 @@ def test_polygraphy_measures_what_numpy_does(seed: int, error: float) -> None:
     for name in ("present_key_0", "present_value_0"):
         error_of = np.linalg.norm((expected[name] - actual[name]).ravel())
         direct[name, "cache_error"] = error_of / np.linalg.norm(expected[name].ravel())
+    for name in ("present_key_0", "present_value_0", "logits"):
+        direct[name, "absolute_error"] = np.abs(expected[name] - actual[name]).max()
     p, q = (np.exp(side["guided_logits"].astype(np.float64)) for side in (expected, actual))
     p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
     direct["guided_logits", "kl"] = np.mean(np.sum(p * np.log(p / q), axis=-1))
@@ -318,6 +324,27 @@ def test_what_is_not_finite_never_passes(precision: str, bad: float) -> None:
             assert failed == {tensor}
 
 
+def test_the_absolute_error_of_an_image() -> None:
+    image, other = np.zeros((2, 1, 3, 4, 4), np.float32)
+    other[0, 1, 2, 3] = -0.25
+    comparison = Comparison(Limits.of(["fp32"]))
+    comparison.add("detokenize", {"image": image}, {"image": other})
+    found = {m.metric: m for m in comparison.measurements()}
+    assert found["absolute_error"].value == 0.25
+    assert found["absolute_error"].passed, "it is told, not judged"
+    assert not found["image_psnr"].passed
+
+
+@pytest.mark.parametrize("sides", [(0, 1), (1, 0), (1, 1)])
+def test_indices_that_are_none_never_agree(sides: tuple[int, int]) -> None:
+    """Not even where both sides have none."""
+    indices = np.arange(8).reshape(2, 4)
+    assert index_agreement(indices, indices) == 1
+    assert index_agreement(indices, indices + 1) == 0
+    expected, actual = (np.where(none, -1, indices) for none in sides)
+    assert math.isnan(index_agreement(expected, actual))
+
+
 def test_an_image_that_is_not_a_number_never_passes() -> None:
     image = np.zeros((1, 3, 4, 4), np.float32)
     broken = image.copy()
@@ -325,9 +352,10 @@ def test_an_image_that_is_not_a_number_never_passes() -> None:
     comparison = Comparison(Limits.of(["int8"]))
     comparison.add("detokenize", {"image": image}, {"image": broken})
     comparison.add("detokenize", {"image": image}, {"image": image})
-    (measured,) = comparison.measurements()
-    assert math.isnan(measured.value)
-    assert not measured.passed
+    assert {m.metric for m in comparison.measurements()} == {"image_psnr", "absolute_error"}
+    for measured in comparison.measurements():
+        assert math.isnan(measured.value)
+        assert not measured.passed
 
 
 def test_over_images_the_mean_of_means_and_the_worst_of_others_count() -> None:
@@ -835,6 +863,29 @@ def test_polygraphy_alone_sees_other_outputs(
     said = polygraphy(line, tmp_path)
     assert said.returncode == 1, said
     assert set(re.findall(r"FAILED \| Output: '(\w+)'", said.stdout)) == {output}
+
+
+def readme_block(words: str) -> list[str]:
+    """The commands of the block of README.md that holds these words."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    (block,) = (block for block in blocks if words in block)
+    return block.replace("\\\n", " ").splitlines()
+
+
+def test_the_readme_s_own_lines(demo_bundle: Path, tmp_path: Path) -> None:
+    """The one that verifies and the one that needs Polygraphy alone, as they stand there."""
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines/demo").symlink_to(demo_bundle)
+    verifying, alone = readme_block("polygraphy run")
+    program, *arguments = shlex.split(verifying)
+    assert program == "lpd-export"
+    with contextlib.chdir(tmp_path):
+        said = answer(*arguments, "--images", 1, "--threads", 1)
+    assert said.code == 0, said
+    said = polygraphy(alone, tmp_path)
+    assert said.returncode == 0, said
+    assert "PASSED | Output: 'logits'" in said.stdout
+    assert "FAILED" not in said.stdout
 
 
 def test_which_phases_are_kept() -> None:

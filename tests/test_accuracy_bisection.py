@@ -16,7 +16,7 @@ from commandline import answer, entries, mistake
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import lpd_export.accuracy.verify
+import lpd_export.accuracy.bisection
 import lpd_export.build
 from lpd_export.accuracy.bisection import save_kept_layers, smallest_sufficient
 from lpd_export.accuracy.results import Bisection
@@ -156,7 +156,7 @@ def exported_once(small_bundle: Path, small_weights: Path) -> Iterator[None]:
         shutil.copytree(small_bundle / "onnx", folder, ignore=shutil.ignore_patterns("phase_*"))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lpd_export.build, lpd_export.accuracy.verify):
+        for module in (lpd_export.build, lpd_export.accuracy.bisection):
             patch.setattr(module, "write_exact_graphs", copy_graphs)
         yield
 

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import damage
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
-from commandline import answer
+from commandline import answer, mistake
 from numpy.typing import NDArray
 
 from lpd_export.accuracy.report import grown_layers
 from lpd_export.accuracy.results import GENERATION, SEQUENCE, Verification
-from lpd_export.accuracy.sides import SidesRequest
+from lpd_export.accuracy.sides import REFERENCE, SidesRequest
 from lpd_export.accuracy.verify import VerifyRequest, verify
 from lpd_export.build import build
 from lpd_export.bundle import Bundle
@@ -75,7 +76,8 @@ def bundles(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def verified(bundle: Path, out: Path, **options: Any) -> Verification:
     """What `verify` finds of a bundle."""
     settings = {"images": 1, "save_phases": "none"} | options
-    request = VerifyRequest(SidesRequest(bundle, threads=1), out=out, **settings)
+    against = str(settings.pop("against", REFERENCE))
+    request = VerifyRequest(SidesRequest(bundle, against, threads=1), out=out, **settings)
     return verify(request, lambda stage: None)
 
 
@@ -202,13 +204,108 @@ def test_a_lost_position_fails_where_its_cell_is_asked_and_given(
 def test_rows_beyond_the_cache_fail(bundles: Callable[[str], Path], tmp_path: Path) -> None:
     """The last phase cannot be run at all: that is told, and what failed before it comes first."""
     bundle = damage.damaged(bundles("fp32"), tmp_path / "bundle", damage.write_index_off_by_one)
-    found = verified(bundle, tmp_path / "report")
+    found = verified(bundle, tmp_path / "report", save_phases=None, by_layer=True)
     assert first_failure(found) == ("phase_00", "rows_left_alone", "rows_left_alone")
     last = [entry for entry in found.failures if entry.phase == "phase_04"]
     assert all(np.isnan(entry.value) for entry in last)
-    (remark,) = found.remarks
-    assert "phase_04 cannot be run: " in remark
-    assert "TensorScatter" in remark
+    cause = f"cannot run {bundle / 'onnx/decode.onnx'}: "
+    phases, *others, drawing = found.remarks
+    assert phases.startswith(f"{bundle} fails in phase_04")
+    assert drawing.startswith(f"{bundle} draws no image: ")
+    assert all(cause in remark for remark in found.remarks)
+    assert all("TensorScatter" in remark for remark in found.remarks)
+    assert any("whole sequences: " in remark for remark in (phases, *others))
+    # A run has no verdict to give: it says the same in one sentence, and leaves nothing.
+    said = mistake("run", bundle, "--class", "0", "--out", tmp_path / "images")
+    assert cause in said
+    assert said.endswith(": build the bundle again")
+    assert not (tmp_path / "images").exists()
+
+
+def first_use(model: ir.Model) -> tuple[ir.Node, int]:
+    """The first node that uses an input of the graph, and where."""
+    uses = ((node, i) for node in model.graph for i, value in enumerate(node.inputs))
+    return next((node, i) for node, i in uses if node.inputs[i] in model.graph.inputs)
+
+
+def breaks_at_run(graph: str) -> damage.Damage:
+    """A graph that loads, and whose first operation then finds no such index."""
+
+    def apply(models: damage.Models) -> None:
+        model = models[graph]
+        far = damage.constant(model, "far", [2**20])
+        use = first_use(model)
+        damage.replace_input(model, *use, lambda value: [ir.node("Gather", [value, far])])
+
+    return apply
+
+
+def test_a_tokenizer_that_fails_draws_images_all_the_same(
+    bundles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """It is no part of a generation; and what it fails at is told of either side."""
+    good = bundles("fp32")
+    bad = damage.damaged(good, tmp_path / "bad", breaks_at_run("tokenize"))
+    cause = f"cannot run {bad / 'onnx/tokenize.onnx'}: "
+    for bundle, other in ((bad, good), (good, bad), (bad, bad)):
+        found = verified(bundle, tmp_path / "report", against=other)
+        assert first_failure(found) == ("tokenize", "indices", "index_agreement")
+        assert failed_phases(found) == {"tokenize"}
+        assert len(found.pairs) == 1
+        assert len(found.remarks) == [bundle, other].count(bad)
+        for remark in found.remarks:
+            assert remark.startswith(f"{bad} fails in tokenize: ONNX Runtime ")
+            assert cause in remark
+    found = verified(bad, tmp_path / "report", by_layer=True)
+    assert {layer.graph for layer in found.layers} == {"decode", "detokenize"}
+
+
+def test_nothing_is_compared_with_a_bundle_that_draws_nothing(
+    bundles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name, what, cause in (
+        ("failing", breaks_at_run("detokenize"), "onnx/detokenize.onnx: "),
+        ("broken", damage.not_a_number, "the logits of step 0 are NaN or infinite"),
+    ):
+        bad = damage.damaged(bundles("fp32"), tmp_path / name, what)
+        command = ["verify", bundles("fp32"), "--against", bad, "--images", 1]
+        said = mistake(*command, "--out", tmp_path / "report")
+        assert said.startswith(f"there is nothing to compare with, {bad} draws no image: ")
+        assert cause in said
+        assert not (tmp_path / "report").exists()
+
+
+def test_too_little_memory_is_no_verdict(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    """More than any machine has is asked for: that says nothing of the model."""
+
+    def needs_petabytes(models: damage.Models) -> None:
+        model = models["tokenize"]
+        many = damage.constant(model, "many", [2**40, 1, 1, 1])
+        first = damage.constant(model, "first", [0])
+
+        def repeat(image: ir.Value) -> list[ir.Node]:
+            repeated = ir.node("Expand", [image, many])
+            return [repeated, ir.node("ReduceMax", [repeated.outputs[0], first])]
+
+        damage.replace_input(model, *first_use(model), repeat)
+
+    bundle = damage.damaged(bundles("fp32"), tmp_path / "bundle", needs_petabytes)
+    said = mistake("verify", bundle, "--images", 1, "--out", tmp_path / "report")
+    assert said.startswith(f"there is too little memory to run {bundle / 'onnx/tokenize.onnx'} (")
+    assert said.endswith("): end what else runs here, or use a smaller --batch")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_mistake_in_the_code_is_no_verdict(
+    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*arguments: object) -> None:
+        raise TypeError("a mistake in the code")
+
+    monkeypatch.setattr("lpd_export.accuracy.implementations.guide", mistaken)
+    with pytest.raises(TypeError, match="a mistake in the code"):
+        verified(bundles("fp32"), tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 # -------------------------------------------------------------------------- the tokenizer's graphs
@@ -290,7 +387,7 @@ def test_a_wrong_mask_wherever_it_is_used(
 ) -> None:
     """The reference makes its own mask, so that a mistake in the shared one is seen."""
     monkeypatch.setattr("lpd_export.runtime.generator.attention_mask", shifted_mask)
-    monkeypatch.setattr("lpd_export.accuracy.verify.attention_mask", shifted_mask)
+    monkeypatch.setattr("lpd_export.accuracy.phases.attention_mask", shifted_mask)
     found = verified(bundles("fp32"), tmp_path / "report")
     assert first_failure(found) == ("phase_00", "present_key_1", "cache_error")
 

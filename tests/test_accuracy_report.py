@@ -36,6 +36,7 @@ GOOD = {
     "logits_error": 3e-6,
     "logits_largest_error": 4e-6,
     "logits_cosine": 0.99999999,
+    "absolute_error": 0.000123,
     "kl": 5e-12,
     "top_1": 1.0,
     "image_psnr": 120.0,
@@ -53,12 +54,14 @@ DECODE = {
     "logits_error": ["logits"],
     "logits_largest_error": ["logits"],
     "logits_cosine": ["logits"],
+    "absolute_error": ["present_key_0", "present_value_0", "logits"],
     "kl": ["guided_logits"],
     "top_1": ["guided_logits"],
 }
 """Tensors by metric."""
 AFTER = [
     ("detokenize", "image", "image_psnr"),
+    ("detokenize", "image", "absolute_error"),
     ("tokenize", "indices", "index_agreement"),
     ("sequence", "guided_logits", "sequence_kl"),
     ("sequence", "guided_logits", "sequence_top_1"),
@@ -205,6 +208,22 @@ def test_a_pass_is_told_with_the_worst_of_each_phase() -> None:
     assert "passed: every threshold of fp32 holds for 1 image" in table(made_up(images=1))
 
 
+def test_the_absolute_error_is_on_the_page_alone(tmp_path: Path) -> None:
+    """It is not judged, and the terminal has no room."""
+    place = ("phase_01", "logits", "absolute_error")
+    told = made_up({place: 0.25, ("detokenize", "image", "absolute_error"): 0.5})
+    assert "absolute" not in table(told)
+    assert "0.00012" not in table(told)
+    text = report(tmp_path, told).text
+    assert re.search(r"phase_01 0 [^p]+present_key_0 [-\d. e]+ 0\.25 logits ", text)
+    assert "detokenize absolute error 0.5 none" in text
+
+
+def test_remarks_come_last() -> None:
+    lines = table(made_up(remarks=["a.pth is another file", "it is [b]old[/b]"])).splitlines()
+    assert lines[-2:] == ["remark: a.pth is another file", "remark: it is [b]old[/b]"]
+
+
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("phases", [4, 48])
 def test_without_a_terminal_it_is_plain_and_fits(width: int, phases: int) -> None:
@@ -342,13 +361,13 @@ def test_the_sentence_to_sign(tmp_path: Path) -> None:
     assert "Passed The bundle engines/demo (lpd-emoji32, fp32, onnxruntime) was compared" in text
     assert "with the PyTorch reference on 8 images with seed 3 and guidance 4.5 linear" in text
     assert "by lpd-export 0.1.0, torch 2.13.0." in text
-    assert "Each of 47 measurements keeps the threshold of fp32." in text
+    assert "Each of 60 measurements keeps the threshold of fp32." in text
     assert "What failed" not in text
 
 
 def test_failures_come_first_and_alone_are_marked(tmp_path: Path) -> None:
     page = report(tmp_path, made_up(FAILURES))
-    assert "4 of 47 measurements break the thresholds of fp32; the first in the order of" in (
+    assert "4 of 60 measurements break the thresholds of fp32; the first in the order of" in (
         page.text
     )
     assert "computation is cache error of present_key_1 in phase_02 ." in page.text
@@ -364,8 +383,8 @@ def test_many_failures_are_shortened_and_say_so(tmp_path: Path) -> None:
         for tensor, metric in _decode_places()
     }
     page = report(tmp_path, made_up(values, phases=48))
-    assert "468 more" in page.text
-    assert "280 more are in report.json." in page.text
+    assert "612 more" in page.text
+    assert "424 more are in report.json." in page.text
 
 
 def test_the_record_is_strict_json(tmp_path: Path) -> None:
@@ -385,7 +404,7 @@ def test_the_record_is_strict_json(tmp_path: Path) -> None:
     assert record["passed"] is False
     assert record["first_failure"]["tensor"] == "present_key_1"
     assert record["layers"][0]["relative_error"] is None
-    assert len(record["measurements"]) == 47
+    assert len(record["measurements"]) == 60
 
 
 @pytest.mark.parametrize("phases", [1, 48])

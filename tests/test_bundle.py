@@ -238,25 +238,6 @@ def test_a_bundle_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert len(entries(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("failure", [UserError("no"), KeyboardInterrupt(), OSError(28, "Full")])
-def test_nothing_is_left_of_a_failed_one(tmp_path: Path, failure: BaseException) -> None:
-    expected = UserError if isinstance(failure, OSError) else type(failure)
-    with pytest.raises(expected):
-        fail(tmp_path / "a/b/bundle", failure)
-    assert entries(tmp_path) == []
-
-
-@pytest.mark.parametrize("failure", [UserError("no"), KeyboardInterrupt(), OSError(28, "Full")])
-def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path, failure: BaseException) -> None:
-    with new_bundle(tmp_path / "bundle") as folder:
-        fill(folder)
-    before = entries(tmp_path)
-    expected = UserError if isinstance(failure, OSError) else type(failure)
-    with pytest.raises(expected):
-        fail(tmp_path / "bundle", failure, replace=True)
-    assert entries(tmp_path) == before
-
-
 def test_replacing_takes_nothing_over_from_the_old_one(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     for name in ("old", "new"):
@@ -283,12 +264,6 @@ def test_what_comes_there_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bundle exists"):
         make_with_another_there(tmp_path / "bundle")
     assert entries(tmp_path) == ["bundle", "bundle/mine"]
-
-
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    # NumPy's short write has no error number.
-    with pytest.raises(UserError, match=r"cannot write .*bundle: the disk is full"):
-        fail(tmp_path / "bundle", OSError("4096 requested and 12 written"))
 
 
 def hold(out: Path, ready: Any) -> None:

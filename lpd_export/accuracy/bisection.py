@@ -1,7 +1,8 @@
 """Finds the fewest layers that INT8 must spare for the thresholds to hold.
 
 Halves the layers again and again: what is kept in higher precision on trial is quantized, run and
-judged like any bundle. Knows the search and the trials; which limits hold is judged by the caller.
+judged like any bundle. Knows the search and the trials; what is measured of a trial is known to
+`phases` and `end_to_end`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import onnx_ir as ir
+import torch
 
 from lpd_export import export
+from lpd_export.accuracy.comparison import Comparison
+from lpd_export.accuracy.end_to_end import compare_sequence
+from lpd_export.accuracy.implementations import (
+    BundleImplementation,
+    Drawn,
+    Reference,
+    RememberingReference,
+    Task,
+)
+from lpd_export.accuracy.phases import decode_runs, detokenize_run, tokenize_run
 from lpd_export.accuracy.results import Bisection
-from lpd_export.bundle import GRAPH_NAMES
+from lpd_export.accuracy.sides import Sides
+from lpd_export.accuracy.thresholds import Limits
+from lpd_export.build import write_exact_graphs
+from lpd_export.bundle import GRAPH_NAMES, Bundle
 from lpd_export.calibration import LayerMeasurement
 from lpd_export.casting import lower
 from lpd_export.files import write_atomically
+from lpd_export.pipeline import Pipeline
+from lpd_export.precision import calibrate, compute_precision
+from lpd_export.progress import Report
 from lpd_export.quantization import quantize
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+from lpd_export.settings import Source
 
 Element = TypeVar("Element")
 Judge = Callable[[str, Path], bool]
@@ -86,7 +106,7 @@ class Bisector:
         scratch: Path,
         around: str,
         judge: Judge,
-        report: Callable[[str], None],
+        report: Report,
     ) -> None:
         self._exact = exact
         self._scratch = scratch
@@ -135,3 +155,55 @@ def save_kept_layers(found: Sequence[Bisection], path: Path) -> None:
     kept: dict[str, Any] = {each.graph: each.kept for each in found if each.kept is not None}
     assert set(kept) <= set(GRAPH_NAMES)
     write_atomically(path, (json.dumps(kept, indent=1) + "\n").encode())
+
+
+# ---------------------------------------------------------------------------- in a verification
+
+
+def find_kept_layers(
+    bundle: Bundle,
+    task: Task,
+    sides: Sides,
+    drawn: Drawn,
+    limits: Limits,
+    threads: int | None,
+    scratch: Path,
+    report: Report,
+) -> list[Bisection]:
+    """For each graph of an INT8 bundle, the fewest layers that must not be INT8."""
+    manifest, schedule = bundle.manifest, task.schedule
+    assert isinstance(sides.expected, Reference)
+    reference = RememberingReference(sides.expected)
+    exact, trials = scratch / "exact", scratch / "trials"
+    write_exact_graphs(exact, Source(reference.model, reference.tokenizer, None, None), report)
+    trials.mkdir()
+    calibration = calibrate(exact, trials, manifest, schedule, True, report)
+    around = compute_precision("int8", manifest.backend)
+    float_type = {"fp32": torch.float32, "fp16": torch.float16}[around]
+
+    def judge(graph: str, file: Path) -> bool:
+        executor = OnnxRuntimeExecutor({graph: file}, float_type, threads=threads)
+        trial = BundleImplementation("trial", Pipeline(manifest, schedule, executor))
+        return holds(graph, task, sides._replace(expected=reference, actual=trial), drawn, limits)
+
+    bisector = Bisector(exact, trials, around, judge, report)
+    return [bisector.search(graph, calibration.layers[graph]) for graph in GRAPH_NAMES]
+
+
+def holds(graph: str, task: Task, sides: Sides, drawn: Drawn, limits: Limits) -> bool:
+    """Whether every threshold that concerns one graph holds."""
+    comparison = Comparison(limits)
+    if graph == "decode":
+        for i in range(task.images):
+            compare_sequence(task, i, sides, drawn, comparison)
+        # The cheaper half first: most trials that fail do so here.
+        if not all(entry.passed for entry in comparison.measurements()):
+            return False
+    for i in range(task.images):
+        if graph == "decode":
+            runs = list(decode_runs(task, i, sides, drawn))
+        else:
+            runs = [(detokenize_run if graph == "detokenize" else tokenize_run)(i, sides, drawn)]
+        for run in runs:
+            comparison.add(run.name, *run.compared)
+    return all(entry.passed for entry in comparison.measurements())

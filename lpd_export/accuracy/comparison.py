@@ -132,6 +132,13 @@ def agreement(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     return float(np.mean(expected == actual))
 
 
+def index_agreement(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    """Share of equal token indices; NaN if one is below 0, which is none."""
+    if min(expected.min(), actual.min()) < 0:
+        return math.nan
+    return agreement(expected, actual)
+
+
 def psnr(expected: NDArray[Any], actual: NDArray[Any], peak: float = 2.0) -> float:
     """Peak signal-to-noise ratio in dB; infinite for equal images.
 
@@ -173,8 +180,7 @@ def comparable(
         if not _is_cache(name):
             continue
         past = feed[name.replace("present", "past", 1)]
-        # Polygraphy compares contiguous arrays alone.
-        compared[name] = np.ascontiguousarray(values[:, :, written])
+        compared[name] = values[:, :, written]
         changed = np.abs(values - past.astype(values.dtype))
         changed[:, :, written] = 0
         changes.append(changed.max())
@@ -198,7 +204,7 @@ def compare_functions(expected: Mapping[str, NDArray[Any]], limits: Limits) -> l
         MetricCompareFunc("kl", kl_divergence, GUIDED.__eq__, limits),
         MetricCompareFunc("top_1", top_1_agreement, GUIDED.__eq__, limits),
         MetricCompareFunc("image_psnr", image_psnr, IMAGE.__eq__, limits),
-        MetricCompareFunc("index_agreement", agreement, INDICES.__eq__, limits),
+        MetricCompareFunc("index_agreement", index_agreement, INDICES.__eq__, limits),
     ]
     if LOGITS in expected:
         largest = float(np.abs(expected[LOGITS]).max())
@@ -207,6 +213,8 @@ def compare_functions(expected: Mapping[str, NDArray[Any]], limits: Limits) -> l
         cosine = {LOGITS: limits.limit("logits_cosine"), "": -math.inf}
         functions.append(SimpleCompareFunc(check_error_stat="max", atol=tolerance, rtol=0.0))
         functions.append(CosineSimilarityCompareFunc(cosine_similarity_threshold=cosine))
+    if IMAGE in expected:
+        functions.append(SimpleCompareFunc(check_error_stat="max", atol=math.inf, rtol=0.0))
     return functions
 
 
@@ -231,7 +239,9 @@ class Comparison:
         """Compares one iteration of a phase: the same outputs of the two sides, by name."""
         runs = RunResults()
         for name, outputs in (("expected", expected), ("actual", actual)):
-            runs.append((name, [IterationResult(OrderedDict(outputs), runner_name=name)]))
+            # Polygraphy compares contiguous arrays alone.
+            arrays = OrderedDict((key, np.ascontiguousarray(a)) for key, a in outputs.items())
+            runs.append((name, [IterationResult(arrays, runner_name=name)]))
         functions = compare_functions(expected, self.limits)
         with quiet():
             accuracy = Comparator.compare_accuracy(runs, compare_func=functions)
@@ -274,9 +284,12 @@ def _metrics(
     """The metrics in the result of a comparison function."""
     if isinstance(function, MetricCompareFunc):
         yield function.metric, outcome.value
-    elif tensor == LOGITS and isinstance(function, SimpleCompareFunc):
-        largest = float(np.abs(expected[LOGITS]).max())
-        yield "logits_largest_error", outcome.max_absdiff / largest
+    elif isinstance(function, SimpleCompareFunc):
+        if tensor == LOGITS:
+            largest = float(np.abs(expected[LOGITS]).max())
+            yield "logits_largest_error", outcome.max_absdiff / largest
+        if tensor in (LOGITS, IMAGE) or _is_cache(tensor):
+            yield "absolute_error", outcome.max_absdiff
     elif tensor == LOGITS and isinstance(function, CosineSimilarityCompareFunc):
         yield "logits_cosine", outcome.cosine_similarity
 

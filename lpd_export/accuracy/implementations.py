@@ -27,9 +27,11 @@ from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 from torch import Tensor
 
+from lpd_export.errors import GraphError
 from lpd_export.export import cache_names
 from lpd_export.images import to_uint8
 from lpd_export.pipeline import Pipeline
+from lpd_export.progress import Report
 from lpd_export.runtime.sampler import Sampling, guide
 from lpd_export.schedule import Phase, Schedule, phase_table
 from reference.generate import generate, guidance_scale
@@ -38,7 +40,6 @@ from reference.vq import VQTokenizer
 
 Feed = Mapping[str, NDArray[Any]]
 Outputs = OrderedDict[str, NDArray[Any]]
-Report = Callable[[str], None]
 
 BATCH = 4
 """Images that are drawn together."""
@@ -97,6 +98,13 @@ class Implementation(Protocol):
     @property
     def name(self) -> str:
         """What its runners are called."""
+
+    @property
+    def faults(self) -> Mapping[str, list[str]]:
+        """Phases whose graph fails when it is run, by the reason.
+
+        Such a phase gives NaN, or indices of -1.
+        """
 
     def draw(self, task: Task, report: Report) -> Drawn:
         """Images of a task, drawn freely."""
@@ -190,6 +198,7 @@ class Reference:
     def __init__(self, model: LPD, tokenizer: VQTokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.faults: dict[str, list[str]] = {}  # it has no graph that could fail
 
     @torch.inference_mode()
     def draw(self, task: Task, report: Report) -> Drawn:
@@ -357,8 +366,7 @@ class BundleImplementation:
     def __init__(self, name: str, pipeline: Pipeline) -> None:
         self.name = name
         self.pipeline = pipeline
-        self.faults: dict[str, str] = {}
-        """What could not be run, in words, by what it is; its outputs are NaN."""
+        self.faults: dict[str, list[str]] = {}
 
     def draw(self, task: Task, report: Report) -> Drawn:
         report(f"drawing images with {self.name}")
@@ -403,7 +411,7 @@ class BundleImplementation:
                     for i, label in enumerate(task.labels)
                 ]
             )
-        except Exception as error:  # as in `_run`
+        except GraphError as error:
             self._tell("whole sequences", error)
             return torch.full((task.images, dimensions.cells, dimensions.vocab_size), torch.nan)
 
@@ -445,7 +453,7 @@ class BundleImplementation:
             logits = torch.zeros(shape, dtype=torch.float32, device=executor.device)
             caches = cache_names("past", dimensions.depth)
             present = {name.replace("past", "present", 1): tensors[name] for name in caches}
-            self._run(f"phase_{phase.index:02d}", {**tensors, "logits": logits} | present)
+            self._run(phase.name, {**tensors, "logits": logits} | present)
             guided = guide(logits, scale.to(executor.device)) if scale is not None else logits
             outputs = {"logits": logits, "guided_logits": guided} | present
             return OrderedDict(
@@ -456,15 +464,16 @@ class BundleImplementation:
         """Runs the decode graph in place; where it cannot be run, what it writes is NaN."""
         try:
             self.pipeline.executor.bind("decode", tensors)()
-        except Exception as error:  # those of ONNX Runtime have no common base but Exception
+        except GraphError as error:
             self._tell(phase, error)
             for name, tensor in tensors.items():
                 if name == "logits" or name.startswith("present_"):
                     tensor.fill_(torch.nan)
 
-    def _tell(self, what: str, error: Exception) -> None:
-        """Notes once what could not be run, and why."""
-        self.faults.setdefault(what, f"{what} cannot be run: {str(error).splitlines()[0]}")
+    def _tell(self, phase: str, error: GraphError) -> None:
+        phases = self.faults.setdefault(str(error), [])
+        if phase not in phases:
+            phases.append(phase)
 
     def _to_device(self, values: NDArray[Any]) -> Tensor:
         tensor = torch.tensor(values, device=self.pipeline.executor.device)
@@ -477,7 +486,7 @@ class BundleImplementation:
         def run(feed: Feed) -> Outputs:
             try:
                 image = self.pipeline.detokenize(feed["indices"])
-            except Exception as error:  # as in `_run`
+            except GraphError as error:
                 self._tell("detokenize", error)
                 image = np.full((len(feed["indices"]), 3, side, side), np.nan, np.float32)
             return OrderedDict(image=image)
@@ -491,9 +500,9 @@ class BundleImplementation:
         def run(feed: Feed) -> Outputs:
             try:
                 indices = self.pipeline.tokenize(feed["image"])
-            except Exception as error:  # as in `_run`
+            except GraphError as error:
                 self._tell("tokenize", error)
-                indices = np.full((len(feed["image"]), cells), -1)  # no index there is
+                indices = np.full((len(feed["image"]), cells), -1)
             return OrderedDict(indices=indices)
 
         return FunctionRunner(self.name, {"image": (np.float32, (None, 3, side, side))}, run)

@@ -8,6 +8,7 @@ Does not know limits: what is too much is judged elsewhere.
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -24,8 +25,14 @@ from torch import Tensor, nn
 
 from lpd_export import export
 from lpd_export.accuracy.comparison import quiet, relative_error
-from lpd_export.accuracy.implementations import Reference
-from lpd_export.accuracy.results import LayerError
+from lpd_export.accuracy.implementations import Drawn, Reference, Task, past_rows
+from lpd_export.accuracy.phases import phase_runs
+from lpd_export.accuracy.portable import portable_files
+from lpd_export.accuracy.results import LayerError, Measurement
+from lpd_export.accuracy.sides import Sides
+from lpd_export.bundle import Bundle
+from lpd_export.progress import Report
+from lpd_export.schedule import Phase
 from reference.lpd import LPD, Block
 from reference.vq import AttentionBlock, ResidualBlock, VQTokenizer
 
@@ -220,3 +227,54 @@ def compare_layers(
             )
         )
     return found
+
+
+# ---------------------------------------------------------------------------- in a verification
+
+
+def phase_to_look_at(task: Task, measurements: list[Measurement]) -> Phase:
+    """The decode phase that fails first, or else the one with the largest error of its logits."""
+    by_name = {phase.name: phase for phase in task.phases}
+    ours = [entry for entry in measurements if entry.phase in by_name]
+    failed = [entry for entry in ours if not entry.passed]
+    errors = [entry for entry in ours if entry.metric == "logits_error"]
+    return by_name[(failed or [max(errors, key=lambda entry: entry.value)])[0].phase]
+
+
+def find_layer_errors(
+    bundle: Bundle,
+    task: Task,
+    phase: Phase,
+    sides: Sides,
+    drawn: Drawn,
+    scratch: Path,
+    report: Report,
+) -> list[LayerError]:
+    """The error of every layer, of the decode graph in one phase, for the first image.
+
+    Of a graph that fails when it is run there are none.
+    """
+    reference, precision = sides.expected, bundle.manifest.precision
+    assert isinstance(reference, Reference)
+    files, _ = portable_files(bundle, scratch / "portable")
+    past, errors = past_rows(task, phase), []
+    failing = {name for names in sides.actual.faults.values() for name in names}
+    for run in phase_runs(task, 0, sides, drawn):
+        # The same inputs for both, so that only what the graph computes differs.
+        feed = {
+            k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in run.feed.items()
+        }
+        work = {
+            phase.name: ("decode", partial(reference.decode_phase, feed, past, None)),
+            "detokenize": ("detokenize", partial(reference.decode_image, feed)),
+            "tokenize": ("tokenize", partial(reference.encode_image, feed)),
+        }
+        if run.name in work and run.name not in failing:
+            graph, run_reference = work[run.name]
+            report(f"comparing the layers of {graph}")
+            folder = scratch / f"layers-{graph}"
+            errors += compare_layers(
+                graph, files[graph], run.feed, reference, run_reference, precision, folder
+            )
+            shutil.rmtree(folder)
+    return errors

@@ -21,7 +21,6 @@ from lpd_export.accuracy.comparison import GUIDED, LOGITS, quiet
 from lpd_export.accuracy.thresholds import Limits
 from lpd_export.bundle import Manifest
 from lpd_export.errors import UserError
-from lpd_export.schedule import Phase
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -134,8 +133,3 @@ def _tolerances(phase: str, magnitudes: Mapping[str, float], limits: Limits) -> 
         share, largest = limits.limit("logits_largest_error"), max(magnitudes.values())
         tolerances = [f"{share * largest:.2g}", f"{LOGITS}:{share * magnitudes[LOGITS]:.2g}"]
     return ["--check-error-stat", "max", "--atol", *tolerances, "--rtol", "0"]
-
-
-def phase_name(phase: Phase) -> str:
-    """As the phase's ONNX file is called."""
-    return f"phase_{phase.index:02d}"

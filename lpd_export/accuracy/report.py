@@ -41,6 +41,7 @@ AMPLIFICATION = 8
 
 _THRESHOLDS = {threshold.metric: threshold for threshold in THRESHOLDS}
 _DIGITS = {"logits_cosine": 7}
+_ON_THE_PAGE_ALONE = frozenset({"absolute_error"})  # the terminal has no room for what is told only
 _IN_WORDS, _IN_LINE = ("at most\n", "at least\n"), ("at most ", "at least ")
 _SIGNS = ("≤ ", "≥ ")  # on the page; not every terminal has them
 _FAILURES_TOLD = 5  # on the terminal
@@ -62,7 +63,7 @@ def print_table(verification: Verification, console: Console) -> None:
     ones that do share a row, with the worst values of them. Without a terminal it is plain text.
     It is made for 80 columns.
     """
-    decode_metrics = _decode_metrics(verification)
+    decode_metrics = [m for m in _decode_metrics(verification) if m not in _ON_THE_PAGE_ALONE]
     if decode_metrics:
         headings = (
             textwrap.fill(TITLES[metric], 7, break_long_words=False) for metric in decode_metrics
@@ -78,7 +79,11 @@ def print_table(verification: Verification, console: Console) -> None:
         table.add_row("limit", *bounds, style="dim")
         console.print(table)
         console.print()
-    others = _other_worst(verification)
+    others = [
+        (phase, entry)
+        for phase, entry in _other_worst(verification)
+        if entry.metric not in _ON_THE_PAGE_ALONE
+    ]
     if others:
         table = _table("", "", "value", "limit", left=2)
         for phase, entry in others:
@@ -147,7 +152,7 @@ def _folded(verification: Verification) -> list[list[str]]:
 
 
 def _verdict(verification: Verification) -> Iterator[Text]:
-    """The verdict in a line, then further failures and limits of the user's, a line each."""
+    """The verdict in a line; then further failures, limits of the user's, remarks, a line each."""
     precision, changed = _basis(verification, _measured_limits(verification))
     if verification.passed:
         of = "" if changed else f" of {precision}"
@@ -165,6 +170,7 @@ def _verdict(verification: Verification) -> Iterator[Text]:
     if changed:
         yield Text(f"judged by other limits than those of {precision}:")
         yield from (Text(f"  {change}") for change in _changes(changed))
+    yield from (Text(f"remark: {remark}") for remark in verification.remarks)
 
 
 def _bisection_lines(verification: Verification) -> Iterator[str]:

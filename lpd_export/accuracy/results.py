@@ -39,7 +39,7 @@ class LayerError:
     graph: str
     """decode, detokenize or tokenize."""
     layer: str
-    """The module's name in the reference, such as blocks.3.mlp.fc1."""
+    """The module's name in the ONNX files, such as blocks.3.fc1."""
     relative_error: float
     """Length of the error over length of the reference's output (L2)."""
     largest_error: float

@@ -7,7 +7,7 @@ anything is compared.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,12 @@ from lpd_export.bundle import GRAPH_NAMES, Bundle, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
 from lpd_export.pipeline import Pipeline, open_executor
+from lpd_export.progress import Report
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
 from reference.lpd import LPD, LPDConfig
 from reference.vq import VQConfig, VQTokenizer
-
-Report = Callable[[str], None]
 
 REFERENCE = "reference"
 """What a bundle is compared with unless another bundle is named."""

@@ -47,5 +47,6 @@ class Executor(Protocol):
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         """A call that runs `graph` once over these very tensors, inputs and outputs by name.
 
-        The tensors must be contiguous; the call keeps them alive.
+        The tensors must be contiguous; the call keeps them alive, and raises GraphError if the
+        graph fails on what they hold, UserError if memory does not suffice.
         """

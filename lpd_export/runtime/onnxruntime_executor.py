@@ -18,11 +18,13 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from lpd_export.errors import UserError
+from lpd_export.errors import GraphError, UserError
 from lpd_export.runtime.executor import Run
 
 ELEMENT_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory")
+"""What of its errors' words tells that memory does not suffice; they have no type that does."""
 
 
 def check_threads(threads: int | None) -> None:
@@ -94,7 +96,7 @@ class OnnxRuntimeExecutor:
         options.intra_op_num_threads = self._threads or 0
         # Every phase has shapes of its own: a remembered allocation pattern would only hold memory.
         options.enable_mem_pattern = False
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it would log as errors, it raises too
         return options
 
     @cached_property
@@ -148,13 +150,26 @@ class OnnxRuntimeExecutor:
         if self.device.type == "cuda":
             # Both sides launch on one stream; waiting for it after each graph would idle the GPU.
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return partial(_run, session, binding, options, dict(tensors))
+        return partial(_run, self._files[graph], session, binding, options, dict(tensors))
 
 
 def _run(
+    file: Path,
     session: onnxruntime.InferenceSession,
     binding: onnxruntime.IOBinding,
     options: onnxruntime.RunOptions,
     bound: Mapping[str, Tensor],  # referred to by address alone, and so kept alive here
 ) -> None:
-    session.run_with_iobinding(binding, options)
+    try:
+        session.run_with_iobinding(binding, options)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(" .")
+        if any(words in reason for words in OUT_OF_MEMORY):
+            raise UserError(
+                f"there is too little memory to run {file} ({reason}): end what else runs here, or "
+                "use a smaller --batch"
+            ) from error
+        raise GraphError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run {file}: {reason}: build the bundle "
+            "again"
+        ) from error

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpd_export.errors import UserError
+from lpd_export.errors import GraphError, UserError
 from lpd_export.files import write_atomically
 from lpd_export.runtime.executor import Run
 
@@ -323,7 +323,7 @@ class Binding:
     def __call__(self) -> None:
         stream = torch.cuda.current_stream(self._executor.device).cuda_stream
         if not self._context.execute_async_v3(stream):
-            raise UserError(f"the {self.graph} engine cannot be launched: {self._reason()}")
+            raise GraphError(f"the {self.graph} engine cannot be launched: {self._reason()}")
 
     def _reason(self) -> str:
         return explain(self._executor.logger.take())
