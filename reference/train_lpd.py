@@ -241,6 +241,7 @@ class LPDTask:
         balance: float = 0.0,
         null_share: float = 0.1,
         dropout: float = 0.1,
+        augment_until: float = 1.0,
     ) -> None:
         """Raises TrainingError if an image has not as many tokens as the model's grid has cells.
 
@@ -251,6 +252,8 @@ class LPDTask:
             balance: from 0, every image is drawn as often, to 1, every class is.
             null_share: probability that a sample's condition is replaced by the null condition.
             dropout: share of the channels of what each block adds that is dropped.
+            augment_until: share of the steps whose images are augmented. Later ones see the images
+                as they are, so that what is learnt last is what is to be drawn.
         """
         grid = images.resolution // tokenizer.config.stride
         cells = grid * grid
@@ -266,6 +269,7 @@ class LPDTask:
         self.group_sizes = {steps: list(sizes) for steps, sizes in group_sizes.items()}
         self.group_weights = dict(group_weights)
         self.balance, self.null_share, self.dropout = balance, null_share, dropout
+        self.augment_until = augment_until
         self.weights = class_weights(images.labels, balance)
         self.validation_steps = max(self.group_weights, key=lambda steps: group_weights[steps])
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
@@ -282,6 +286,7 @@ class LPDTask:
             "balance": self.balance,
             "null_share": self.null_share,
             "dropout": self.dropout,
+            "augment_until": self.augment_until,
             "images_digest": self.images.digest(),
             "tokenizer_digest": tokenizer_digest(self.tokenizer),
         }
@@ -325,12 +330,17 @@ class LPDTask:
         return kept / (1 - self.dropout)
 
     def batch(self, step: int) -> Batch:
-        """Augmented images, labels, orders, who gets the null condition, the dropped channels."""
+        """Images, labels, orders, who gets the null condition, the dropped channels."""
         recipe = self.recipe
         places = batch_of_step(step, recipe.batch_size, self.weights, recipe.seed)
-        generator = seeded(recipe.seed, _AUGMENTATION, step)
+        pixels = self.images.pixels[places]
+        augmented = step < self.augment_until * recipe.steps
         batch = {
-            "images": augment(self.images.pixels[places], generator),
+            "images": (
+                augment(pixels, seeded(recipe.seed, _AUGMENTATION, step))
+                if augmented
+                else to_signed(pixels)
+            ),
             "labels": self.images.labels[places],
             "orders": self.draw_orders(len(places), _ORDERS, step),
             "nulls": self.draw_nulls(step),

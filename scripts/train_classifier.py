@@ -11,7 +11,6 @@ and kept in the file's header is that of the written weights.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_command import (
+    TrainingOptions,
+    recipe_options,
+    run_options,
+    run_training,
+    seed_option,
+    training_command,
+)
 
 from reference.classifier import Classifier, ClassifierConfig
 from reference.train import (
@@ -30,11 +37,9 @@ from reference.train import (
     Figures,
     Outcome,
     Recipe,
-    TrainingStopped,
     autocast,
     export_average,
     read_checkpoint,
-    train,
 )
 from reference.training_data import (
     ImageSet,
@@ -47,8 +52,6 @@ from reference.training_data import (
     to_signed,
 )
 
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
 AUGMENTATION = 7
 """The stream of random numbers that augmentation draws from."""
 VALIDATION_BATCH = 64
@@ -140,16 +143,8 @@ def logits_of(model: Classifier, images: ImageSet) -> Tensor:
     return torch.cat(parts)
 
 
-@click.command()
-@click.argument("images", type=click.Path(path_type=Path))
-@click.option(
-    "--run",
-    "folder",
-    type=click.Path(path_type=Path),
-    default=Path("training/lpd-emoji/classifier"),
-    show_default=True,
-    help="The run's folder.",
-)
+@training_command("train_classifier")
+@run_options("training/lpd-emoji/classifier")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -157,12 +152,14 @@ def logits_of(model: Classifier, images: ImageSet) -> Tensor:
     show_default=True,
     help="The file of the weights.",
 )
-@click.option("--steps", default=2000, show_default=True)
-@click.option("--batch-size", default=64, show_default=True)
-@click.option("--learning-rate", default=2e-3, show_default=True)
-@click.option("--warmup-steps", default=100, show_default=True)
-@click.option("--weight-decay", default=0.05, show_default=True)
-@click.option("--average-decay", default=0.998, show_default=True)
+@recipe_options(
+    steps=2000,
+    batch_size=64,
+    learning_rate=2e-3,
+    warmup_steps=100,
+    weight_decay=0.05,
+    average_decay=0.998,
+)
 @click.option("--label-smoothing", default=0.1, show_default=True)
 @click.option(
     "--balance",
@@ -171,61 +168,23 @@ def logits_of(model: Classifier, images: ImageSet) -> Tensor:
     help="0 shows every image as often, 1 every class.",
 )
 @click.option("--workers", default=1, show_default=True, help="Threads; a core each.")
-@click.option("--seed", default=0, show_default=True)
-def main(
-    images: Path,
-    folder: Path,
-    out: Path,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    warmup_steps: int,
-    weight_decay: float,
-    average_decay: float,
-    label_smoothing: float,
-    balance: float,
-    workers: int,
-    seed: int,
-) -> None:
+@seed_option
+def main(options: TrainingOptions, out: Path, label_smoothing: float, balance: float) -> None:
     """Trains the small classifier that judges generated images."""
-    console = Console(stderr=True)
-    try:
-        recipe = Recipe(
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            betas=(0.9, 0.99),
-            average_decay=average_decay,
-            seed=seed,
-        )
-        if workers < 1:
-            raise TrainingError(f"--workers must be at least 1, not {workers}")
-        training, validation = load_image_set(images, "train"), load_image_set(images, "validation")
-        config = ClassifierConfig(len(training.class_names), training.resolution)
-        task = ClassifierTask(
-            config,
-            recipe,
-            training,
-            validation,
-            label_smoothing=label_smoothing,
-            balance=balance,
-        )
-        parameters = sum(parameter.numel() for parameter in task.model.parameters())
-        console.print(
-            f"{len(training)} images of {training.resolution} px to train on, {len(validation)} to "
-            f"validate with; {parameters / 1e6:.2f} M parameters; run in {folder}"
-        )
-        train(task, recipe, folder, workers=workers, console=console)
-        figures = export(task, folder, out, images)
-    except TrainingError as error:
-        click.echo(f"train_classifier: error: {error}", err=True)
-        sys.exit(EXIT_MISTAKE)
-    except TrainingStopped as stopped:
-        click.echo(f"train_classifier: {stopped}", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    console.print(table_of(task))
+    recipe = options.recipe(betas=(0.9, 0.99))
+    training = load_image_set(options.images, "train")
+    validation = load_image_set(options.images, "validation")
+    task = ClassifierTask(
+        ClassifierConfig(len(training.class_names), training.resolution),
+        recipe,
+        training,
+        validation,
+        label_smoothing=label_smoothing,
+        balance=balance,
+    )
+    run_training(options, task, recipe, training, validation)
+    figures = export(task, options.folder, out, options.images)
+    Console(stderr=True).print(table_of(task))
     click.echo(
         f"{out}: {out.stat().st_size / 1e6:.2f} MB, "
         f"{100 * figures['validation_accuracy']:.1f} % of {len(validation)} validation images "

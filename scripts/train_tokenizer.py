@@ -11,59 +11,45 @@ last checkpoint is written in the released format.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
-
-from lpd_export.errors import UserError
-from lpd_export.images import contact_sheet, save_png, to_uint8
-from reference.train import (
-    Precision,
-    Recipe,
-    TrainingStopped,
-    config_of,
-    export_average,
-    open_device,
-    read_checkpoint,
-    train,
+from training_command import (
+    TrainingOptions,
+    execution_options,
+    export_option,
+    export_run,
+    recipe_options,
+    run_options,
+    run_training,
+    tell_finished,
+    training_command,
 )
+
+from lpd_export.images import contact_sheet, save_png, to_uint8
+from reference.train import open_device
 from reference.train_tokenizer import TokenizerTask, psnr, reconstruct
 from reference.training_data import ImageSet, TrainingError, load_image_set, to_signed
 from reference.vq import NORM_GROUPS, VQConfig, VQTokenizer
 
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
 SHEET_IMAGES = 16
 
 
-@click.command()
-@click.argument("images", type=click.Path(path_type=Path))
-@click.option(
-    "--run",
-    "folder",
-    type=click.Path(path_type=Path),
-    default=Path("training/lpd-emoji/tokenizer"),
-    show_default=True,
-    help="The run's folder.",
+@training_command("train_tokenizer")
+@run_options("training/lpd-emoji/tokenizer")
+@export_option
+@recipe_options(
+    steps=6000,
+    batch_size=16,
+    learning_rate=1e-3,
+    warmup_steps=100,
+    stable=0.0,
+    weight_decay=1e-4,
+    average_decay=0.998,
 )
-@click.option("--export", "export_path", type=click.Path(path_type=Path), help="Write weights.")
-@click.option("--steps", default=6000, show_default=True)
-@click.option("--batch-size", default=16, show_default=True)
-@click.option("--learning-rate", default=1e-3, show_default=True)
-@click.option("--warmup-steps", default=100, show_default=True)
-@click.option(
-    "--stable",
-    default=0.0,
-    show_default=True,
-    help="Share of the steps at the full rate, before it falls.",
-)
-@click.option("--weight-decay", default=1e-4, show_default=True)
-@click.option("--average-decay", default=0.998, show_default=True)
 @click.option("--channels", default=32, show_default=True)
 @click.option("--multipliers", default="1,2,2", show_default=True, help="Of the channels, a level.")
 @click.option("--res-blocks", default=1, show_default=True, help="Residual blocks a level.")
@@ -71,39 +57,9 @@ SHEET_IMAGES = 16
 @click.option("--codebook-size", default=1024, show_default=True)
 @click.option("--codebook-start", default=200, show_default=True, help="Steps without a codebook.")
 @click.option("--revive-every", default=50, show_default=True, help="Steps.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="bf16", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Parts of a batch computed at a time; by default one a CPU core.",
-)
-@click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--checkpoint-minutes",
-    type=click.FloatRange(min=0),
-    default=3.0,
-    show_default=True,
-    help="How much training a kill may cost.",
-)
-@click.option(
-    "--validate-every",
-    type=click.IntRange(min=1),
-    default=500,
-    show_default=True,
-    help="Steps between two validations and sheets.",
-)
+@execution_options
 def main(
-    images: Path,
-    folder: Path,
-    export_path: Path | None,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    warmup_steps: int,
-    stable: float,
-    weight_decay: float,
-    average_decay: float,
+    options: TrainingOptions,
     channels: int,
     multipliers: str,
     res_blocks: int,
@@ -111,80 +67,37 @@ def main(
     codebook_size: int,
     codebook_start: int,
     revive_every: int,
-    precision: Precision,
-    device: str,
-    workers: int | None,
-    seed: int,
-    checkpoint_minutes: float,
-    validate_every: int,
 ) -> None:
     """Trains a VQ tokenizer on a folder of images."""
-    console = Console(stderr=True)
-    try:
-        if export_path is not None:
-            checkpoint = read_checkpoint(folder)
-            tokenizer = VQTokenizer(config_of(checkpoint, VQConfig))
-            export_average(tokenizer, checkpoint, export_path, {"dataset": images.name})
-            console.print(f"{export_path}: {export_path.stat().st_size / 1e6:.2f} MB")
-            return
-        if channels < 1 or channels % NORM_GROUPS:
-            raise TrainingError(f"--channels must be a multiple of {NORM_GROUPS}, not {channels}")
-        config = VQConfig(
-            channels=channels,
-            channel_multipliers=read_multipliers(multipliers),
-            num_res_blocks=res_blocks,
-            z_channels=z_channels,
-            codebook_size=codebook_size,
-        )
-        recipe = Recipe(
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            stable=stable,
-            weight_decay=weight_decay,
-            betas=(0.9, 0.99),
-            average_decay=average_decay,
-            precision=precision,
-            seed=seed,
-        )
-        training, validation = load_image_set(images, "train"), load_image_set(images, "validation")
-        task = TokenizerTask(
-            config,
-            recipe,
-            training,
-            validation,
-            open_device(device),
-            codebook_start=codebook_start,
-            revive_every=revive_every,
-        )
-        parameters = sum(parameter.numel() for parameter in task.model.parameters())
-        console.print(
-            f"{len(training)} images of {training.resolution} px to train on, {len(validation)} to "
-            f"validate with; {parameters / 1e6:.2f} M parameters; run in {folder}"
-        )
+    if options.export_path is not None:
+        export_run(options, options.export_path, VQTokenizer, VQConfig)
+        return
+    if channels < 1 or channels % NORM_GROUPS:
+        raise TrainingError(f"--channels must be a multiple of {NORM_GROUPS}, not {channels}")
+    config = VQConfig(
+        channels=channels,
+        channel_multipliers=read_multipliers(multipliers),
+        num_res_blocks=res_blocks,
+        z_channels=z_channels,
+        codebook_size=codebook_size,
+    )
+    recipe = options.recipe(betas=(0.9, 0.99))
+    training = load_image_set(options.images, "train")
+    validation = load_image_set(options.images, "validation")
+    task = TokenizerTask(
+        config,
+        recipe,
+        training,
+        validation,
+        open_device(options.device),
+        codebook_start=codebook_start,
+        revive_every=revive_every,
+    )
 
-        def preview(step: int, model: nn.Module) -> None:
-            write_sheet(model, validation, folder / "reconstructions.png")
+    def preview(step: int, model: nn.Module) -> None:
+        write_sheet(model, validation, options.folder / "reconstructions.png")
 
-        figures = train(
-            task,
-            recipe,
-            folder,
-            checkpoint_minutes=checkpoint_minutes,
-            validate_every=validate_every,
-            workers=workers or (torch.get_num_threads() if device == "cpu" else 1),
-            preview=preview,
-            console=console,
-        )
-        words = ", ".join(f"{name} {value:g}" for name, value in figures.items())
-        console.print(f"finished: {words}")
-    except (TrainingError, UserError) as error:
-        click.echo(f"train_tokenizer: error: {error}", err=True)
-        sys.exit(EXIT_MISTAKE)
-    except TrainingStopped as stopped:
-        click.echo(f"train_tokenizer: {stopped}", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+    tell_finished(run_training(options, task, recipe, training, validation, preview))
 
 
 def read_multipliers(text: str) -> tuple[int, ...]:

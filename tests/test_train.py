@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors import safe_open
+from training_command import TrainingOptions
 
 from lpd_export.schedule import group_sizes
 from reference import LPDConfig, VQConfig, VQTokenizer, load_lpd, load_tokenizer
@@ -193,6 +194,23 @@ def test_augmentation_follows_from_the_seed_and_keeps_white(images: ImageSet) ->
     # Small: the corner stays white, and something of the shape stays in the middle.
     assert float(first[:, :, 0, 0].min()) > 0.99
     assert float((first - to_signed(images.pixels)).abs().mean()) < 0.3
+
+
+def test_last_steps_see_the_images_as_they_are(images: ImageSet, tokenizer: VQTokenizer) -> None:
+    changed = lpd_task(recipe(10), images, tokenizer)
+    task = lpd_task(recipe(10), images, tokenizer, augment_until=0.65)
+    plain = to_signed(images.pixels)
+    for step in range(10):
+        batch, other = task.batch(step), changed.batch(step)
+        seen = [bool((image == plain).flatten(1).all(dim=1).any()) for image in batch["images"]]
+        if step < 7:
+            assert torch.equal(batch["images"], other["images"])
+            assert not all(seen)
+        else:
+            assert all(seen)
+        for name in ("labels", "orders", "nulls", "kept_channels"):
+            assert torch.equal(batch[name], other[name])
+    assert task.settings() != changed.settings()
 
 
 def test_every_image_is_seen_before_any_is_seen_again() -> None:
@@ -500,6 +518,29 @@ def test_killed_and_stopped_process_goes_on(folder: Path, tmp_path: Path) -> Non
     exported = answer("train_lpd.py", folder, "--run", lpd_run, "--export", lpd_file)
     assert exported.exit_code == 0, exported.stderr
     assert load_lpd(lpd_file).config == LPDConfig(64, 1, 1, 8, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [("cpu", None, 5), ("cuda", None, 1), ("cpu", 3, 3), ("cuda", 2, 2)],
+)
+def test_workers_are_those_asked_for_or_the_cores(
+    device: str, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    options = TrainingOptions(
+        images=Path("images"),
+        folder=Path("run"),
+        steps=3,
+        batch_size=2,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        weight_decay=0.0,
+        average_decay=0.9,
+        device=device,
+        workers=asked,
+    )
+    assert options.worker_count == expected
 
 
 # ------------------------------------------------------------------------------------- exporting
