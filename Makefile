@@ -11,10 +11,10 @@ DEMO := engines/demo/manifest.json
 
 demo: $(DEMO)
 	rm -rf images/demo
-	$(BIN)/lpd-export run engines/demo --class all -n 2 --out images/demo
+	$(BIN)/lpd-export run engines/demo --class all -n 2 --temperature 0.8 --out images/demo
 	@echo "Look at images/demo/contact_sheet.png"
 
-$(DEMO): $(READY) engines/demo.toml $(wildcard models/lpd-emoji32/*) $(wildcard lpd_export/*.py reference/*.py)
+$(DEMO): $(READY) engines/demo.toml $(wildcard models/lpd-emoji/*.safetensors) $(wildcard lpd_export/*.py reference/*.py)
 	$(BIN)/lpd-export build engines/demo.toml --force
 
 test: $(READY)

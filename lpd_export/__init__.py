@@ -2,7 +2,7 @@
 
 from lpd_export import Pipeline
 
-images = Pipeline.open("engines/demo").generate(["heart", "monkey-face"], seed=0)
+images = Pipeline.open("engines/demo").generate(["heart", "clock"], seed=0)
 """
 
 from __future__ import annotations

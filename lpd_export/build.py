@@ -54,10 +54,10 @@ from lpd_export.settings import (
 
 DEFAULT_MAX_BATCH = 8
 """The largest batch that engines are built for, unless --max-batch says otherwise."""
-CHECK_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.3}
-"""How far a graph may be from the reference, of the output's largest magnitude.
+CHECK_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.2}
+"""How far a graph's output may be from the reference's, of its norm.
 
-These catch a wrong graph; how close a precision is, is measured where it is decided.
+A look at whether the graphs were written right; how close they are is `lpd-export verify`'s to say.
 """
 FLOAT_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -265,11 +265,14 @@ def compare_with_reference(
 
 
 def check_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    worst, magnitude = (actual - expected).abs().max().item(), expected.abs().max().item()
-    if not worst <= tolerance * max(1.0, magnitude):
+    # The norm, not the largest error: a single pixel at an edge of an image of random indices says
+    # little of INT8, and a graph that is wrong is wrong in many places.
+    error, norm = (actual - expected).norm().item(), expected.norm().item()
+    if not error <= tolerance * norm:
         raise UserError(
-            f"the bundle was not written: {what} differ from the reference's by {worst:.2g} (of "
-            f"{magnitude:.2g}); please report this with your versions of torch and onnxruntime"
+            f"the bundle was not written: {what} differ from the reference's by {error:.2g}, and "
+            f"{tolerance * norm:.2g} is allowed (L2 norm); please report this with your versions "
+            "of torch and onnxruntime"
         )
 
 

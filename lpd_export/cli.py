@@ -351,7 +351,7 @@ def run(
 
     \b
     Examples:
-      lpd-export run engines/demo --class heart monkey-face -n 4 --out images
+      lpd-export run engines/demo --class heart clock -n 4 --out images
       lpd-export run engines/lpd-l-256-fp32 --class 207 "red panda" --seed 1 --out images
       lpd-export run engines/demo --class heart --trace --out steps
     """

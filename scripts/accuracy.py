@@ -52,7 +52,9 @@ def build(model: str, precision: str, folder: Path) -> Path:
     bundle = folder / f"{model}-{precision}"
     if not bundle.exists():
         options = ["--precision", precision, "--backend", BACKENDS[precision], "--out", bundle]
-        subprocess.run([COMMAND, "build", *MODELS[model], *options], check=True, stdout=sys.stderr)
+        built = subprocess.run([COMMAND, "build", *MODELS[model], *options], stdout=sys.stderr)
+        if built.returncode:
+            sys.exit(built.returncode)  # the build has said why
     return bundle
 
 

@@ -14,15 +14,15 @@ from reference import LPD, VQTokenizer
 from reference.lpd import LPDConfig
 from reference.vq import VQConfig
 
-DEMO_RECIPE = Path(__file__).parent.parent / "engines" / "demo.toml"
+EMOJI_RECIPE = Path(__file__).parent / "data" / "lpd-emoji32" / "recipe.toml"
 SMALL_NAMES = [["red panda", "firefox"], "ice-cream", "crane", ["Crane", "bird"], "monkey-face"]
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of engines/demo.toml; shared, so leave it as it is."""
-    out = tmp_path_factory.mktemp("engines") / "demo"
-    return build(BuildRequest(**read_recipe(DEMO_RECIPE) | {"out": str(out)}))
+def emoji_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a small trained model: 32 px emoji, 20 steps; leave it as it is."""
+    out = tmp_path_factory.mktemp("engines") / "emoji32"
+    return build(BuildRequest(**read_recipe(EMOJI_RECIPE) | {"out": str(out)}))
 
 
 def save_small_weights(folder: Path, heads: int) -> Path:

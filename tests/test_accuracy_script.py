@@ -56,9 +56,9 @@ def test_what_json_has_no_number_for(script: ModuleType) -> None:
 
 
 def test_the_table_is_of_a_verification(
-    script: ModuleType, demo_bundle: Path, tmp_path: Path
+    script: ModuleType, emoji_bundle: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "demo-fp32").symlink_to(demo_bundle)
+    (tmp_path / "demo-fp32").symlink_to(emoji_bundle)
     options = ["--precision", "fp32", "--images", "1", "--folder", str(tmp_path)]
     said = CliRunner().invoke(script.main, options)
     assert said.exit_code == 0, said

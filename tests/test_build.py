@@ -24,7 +24,7 @@ from lpd_export.recipe import BuildRequest
 from lpd_export.schedule import Schedule
 from reference.checkpoint import CheckpointError
 
-DEMO_WEIGHTS = Path(__file__).parent.parent / "models/lpd-emoji32"
+EMOJI_WEIGHTS = Path(__file__).parent / "data" / "lpd-emoji32"
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_what_res_alone_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     def locate(source: str) -> Path:
         asked.append(source)
         if source.endswith("vq_ds16_c2i.pt"):
-            return DEMO_WEIGHTS / "vq_emoji32.pt"
+            return EMOJI_WEIGHTS / "vq_emoji32.pt"
         raise CheckpointError("no hub here")
 
     monkeypatch.setattr(lpd_export.settings, "locate", locate)
@@ -318,7 +318,7 @@ def test_swapped_weights(small_weights: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_export")
 def test_a_tokenizer_of_another_vocabulary(small_weights: Path, tmp_path: Path) -> None:
-    checkpoint, tokenizer = small_weights / "lpd.pth", DEMO_WEIGHTS / "vq_emoji32.pt"
+    checkpoint, tokenizer = small_weights / "lpd.pth", EMOJI_WEIGHTS / "vq_emoji32.pt"
     said = mistake(
         "build", "--checkpoint", checkpoint, "--tokenizer", tokenizer, "--out", tmp_path / "a"
     )

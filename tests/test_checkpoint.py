@@ -39,7 +39,7 @@ from reference import (
 )
 from reference.checkpoint import choose_weight_file, locate, read_state_dict, resize_positions
 
-MODELS = Path(__file__).parent.parent / "models" / "lpd-emoji32"
+MODELS = Path(__file__).parent / "data" / "lpd-emoji32"
 EMOJI_LPD = MODELS / "lpd_emoji32.pth"
 EMOJI_VQ = MODELS / "vq_emoji32.pt"
 

@@ -265,8 +265,8 @@ def memory(bundle: Path, *options: object) -> tuple[int, int, int]:
     return int(found[1]), int(found[2]), int(found[3])
 
 
-def test_memory_of_a_batch(demo_bundle: Path) -> None:
-    manifest = Bundle.open(demo_bundle).manifest
+def test_memory_of_a_batch(emoji_bundle: Path) -> None:
+    manifest = Bundle.open(emoji_bundle).manifest
     model, queries = manifest.model, max(phase.queries for phase in manifest.phases)
     # Of the two rows of an image, in float32: a key and a value a block, and the logits.
     cache = 2 * 4 * 2 * model.depth * (model.grid**2 + 1) * model.dim
@@ -274,9 +274,9 @@ def test_memory_of_a_batch(demo_bundle: Path) -> None:
     weights = manifest.files["onnx/weights.data"].size
     for batch in (1, 4, 100):
         expected = [weights + batch * image, weights, batch * image]
-        said = memory(demo_bundle, "--batch", batch)
+        said = memory(emoji_bundle, "--batch", batch)
         assert list(said) == [round(size / 1e6) for size in expected]
-    assert memory(demo_bundle) == memory(demo_bundle, "--batch", 1)
+    assert memory(emoji_bundle) == memory(emoji_bundle, "--batch", 1)
 
 
 def test_the_classes_of_a_bundle(small_bundle: Path) -> None:
@@ -321,8 +321,8 @@ def test_a_full_disk_behind_standard_output(small_bundle: Path) -> None:
     assert said.stderr == "lpd-export: error: cannot write the result: No space left on device\n"
 
 
-def test_a_reader_that_goes_away(demo_bundle: Path) -> None:
-    process = start("inspect", demo_bundle, "--json")
+def test_a_reader_that_goes_away(emoji_bundle: Path) -> None:
+    process = start("inspect", emoji_bundle, "--json")
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Timing cache:DeprecationWarnin
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-DEMO_RECIPE = Path(__file__).parent.parent / "engines" / "demo.toml"
+EMOJI_RECIPE = Path(__file__).parent / "data" / "lpd-emoji32" / "recipe.toml"
 RTX = EngineOptions("tensorrt-rtx")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -90,7 +90,7 @@ def build_demo(out: Path, **settings: object) -> Bundle:
     In 8 steps rather than 20, to have fewer static phases.
     """
     settings = {"steps": 8, "precision": "int8", "out": str(out), **settings}
-    return Bundle.open(build(BuildRequest(**read_recipe(DEMO_RECIPE) | settings)))
+    return Bundle.open(build(BuildRequest(**read_recipe(EMOJI_RECIPE) | settings)))
 
 
 @pytest.fixture(scope="module")

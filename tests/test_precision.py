@@ -53,7 +53,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def build_demo(out: Path, **settings: object) -> Path:
-    recipe = read_recipe(ROOT / "engines" / "demo.toml")
+    recipe = read_recipe(ROOT / "tests" / "data" / "lpd-emoji32" / "recipe.toml")
     return build(BuildRequest(**(recipe | {"out": str(out)} | settings)))  # type: ignore[arg-type]
 
 
@@ -92,9 +92,9 @@ def run_model(model: ir.Model, folder: Path, **inputs: np.ndarray) -> dict[str, 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_everything_is_in_the_compute_type_but_what_is_delicate(
-    demo_bundle: Path, tmp_path: Path, precision: str
+    emoji_bundle: Path, tmp_path: Path, precision: str
 ) -> None:
-    lowered = models(demo_bundle)
+    lowered = models(emoji_bundle)
     for model in lowered.values():
         lower(model, precision)
     export.write_models(lowered, tmp_path)
@@ -146,13 +146,13 @@ def test_a_head_too_wide_for_fused_attention_has_its_softmax_in_float(tmp_path: 
 
 
 def test_fp16_bundle_is_half_the_size_and_draws_much_the_same(
-    demo_bundle: Path, fp16_bundle: Path
+    emoji_bundle: Path, fp16_bundle: Path
 ) -> None:
     weights = [
-        (bundle / "onnx/weights.data").stat().st_size for bundle in (demo_bundle, fp16_bundle)
+        (bundle / "onnx/weights.data").stat().st_size for bundle in (emoji_bundle, fp16_bundle)
     ]
     assert 0.48 < weights[1] / weights[0] < 0.53
-    exact, half = Pipeline.open(demo_bundle), Pipeline.open(fp16_bundle)
+    exact, half = Pipeline.open(emoji_bundle), Pipeline.open(fp16_bundle)
     images = exact.generate(list(range(6)), seed=4, batch=6)
     expected = exact.teacher_forced_logits(images)
     actual = half.teacher_forced_logits(images)
@@ -255,11 +255,11 @@ def test_a_quantized_product_is_what_integers_give(tmp_path: Path) -> None:
 
 
 def test_every_product_and_convolution_of_the_bundle_is_quantized_or_named(
-    demo_bundle: Path, int8_bundle: Path
+    emoji_bundle: Path, int8_bundle: Path
 ) -> None:
     decided = Bundle.open(int8_bundle).manifest.calibration["quantization"]
     for graph in GRAPH_NAMES:
-        layers = quantizable_layers(models(demo_bundle)[graph])
+        layers = quantizable_layers(models(emoji_bundle)[graph])
         found = proto(int8_bundle / "onnx" / f"{graph}.onnx")
         producers = {output: node for node in found.node for output in node.output}
         dequantized = {
@@ -283,9 +283,9 @@ def test_every_product_and_convolution_of_the_bundle_is_quantized_or_named(
     assert {n.op_type for n in decoder.node} >= {"LayerNormalization", "Attention", "Gelu"}
 
 
-def test_int8_stays_close_and_meets_its_targets(demo_bundle: Path, int8_bundle: Path) -> None:
+def test_int8_stays_close_and_meets_its_targets(emoji_bundle: Path, int8_bundle: Path) -> None:
     """On images that neither calibration nor decisions have seen."""
-    exact, rough = Pipeline.open(demo_bundle), Pipeline.open(int8_bundle)
+    exact, rough = Pipeline.open(emoji_bundle), Pipeline.open(int8_bundle)
     images = exact.generate(list(range(15)), seed=11, batch=5)
     expected, actual = (p.teacher_forced_logits(images) for p in (exact, rough))
     assert mean_kl(expected.log_softmax(-1), actual.log_softmax(-1)) < 0.02
@@ -295,16 +295,16 @@ def test_int8_stays_close_and_meets_its_targets(demo_bundle: Path, int8_bundle: 
         assert target.met(decided[graph]["value"]), graph
     assert not torch.equal(expected, actual), "nothing was quantized"
     size = (int8_bundle / "onnx/weights.data").stat().st_size
-    assert size < 0.35 * (demo_bundle / "onnx/weights.data").stat().st_size
+    assert size < 0.35 * (emoji_bundle / "onnx/weights.data").stat().st_size
 
 
-def test_the_noisiest_layers_are_spared_first(demo_bundle: Path, tmp_path: Path) -> None:
+def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path) -> None:
     """A layer made hard to quantize is measured to be so, and kept back."""
-    bundle = Bundle.open(demo_bundle)
+    bundle = Bundle.open(emoji_bundle)
     graphs, scratch = tmp_path / "graphs", tmp_path / "scratch"
     graphs.mkdir()
     scratch.mkdir()
-    changed = models(demo_bundle)
+    changed = models(emoji_bundle)
     weight = changed["decode"].graph.initializers["blocks.2.fc1.weight"]
     assert weight.const_value is not None
     content = weight.const_value.numpy().copy()
@@ -331,8 +331,8 @@ def test_the_noisiest_layers_are_spared_first(demo_bundle: Path, tmp_path: Path)
     assert list(scratch.iterdir()) == []
 
 
-def test_simulation_leaves_the_graph_as_it_is(demo_bundle: Path) -> None:
-    model = models(demo_bundle)["decode"]
+def test_simulation_leaves_the_graph_as_it_is(emoji_bundle: Path) -> None:
+    model = models(emoji_bundle)["decode"]
     before = [node.name for node in model.graph]
     inputs = {n.name: [v.name for v in n.inputs if v is not None] for n in model.graph}
     layer = quantizable_layers(model)[0]
@@ -348,7 +348,7 @@ def test_measurements_are_kept_by_content(
     files = {path: path.stat().st_mtime_ns for path in own_cache.glob("calibration-*.json")}
     assert files
     told: list[str] = []
-    recipe = read_recipe(ROOT / "engines" / "demo.toml")
+    recipe = read_recipe(ROOT / "tests" / "data" / "lpd-emoji32" / "recipe.toml")
     request = BuildRequest(**(recipe | {"out": str(tmp_path / "again"), "precision": "int8"}))  # type: ignore[arg-type]
     build(request, report=told.append)
     assert any("taking measured ranges" in line for line in told)

@@ -160,7 +160,7 @@ def test_the_demo_needs_the_repository(installed: Path) -> None:
     with pytest.raises(UserError) as caught:
         named_recipe("demo")
     assert str(caught.value) == (
-        "the recipe demo needs lpd_emoji32.pth, which is in lpd-export's repository and not in the "
+        "the recipe demo needs lpd.safetensors, which is in lpd-export's repository and not in the "
         "installed package: build engines/demo.toml in a clone of it"
     )
 

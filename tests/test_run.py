@@ -51,10 +51,10 @@ def pictures(out: Path) -> dict[str, bytes]:
 # ----------------------------------------------------------------------------- what is written
 
 
-def test_what_a_run_of_the_demo_writes(demo_bundle: Path, tmp_path: Path) -> None:
+def test_what_a_run_of_the_demo_writes(emoji_bundle: Path, tmp_path: Path) -> None:
     out, tokens = tmp_path / "a/images", tmp_path / "tokens.npy"
     options = ["--class", "heart", "Monkey Face", "7", "--class", "none", "-n", 2]
-    rows = run(demo_bundle, out, *options, "--seed", 5, "--save-tokens", tokens)
+    rows = run(emoji_bundle, out, *options, "--seed", 5, "--save-tokens", tokens)
     names = ["heart", "none", "monkey-face", "face-negative"]  # each --class, then what follows
     assert sorted(row["class_name"] for row in rows[:4]) == sorted(names)
     assert [row["class_name"] for row in rows[4:]] == [row["class_name"] for row in rows[:4]]
@@ -64,8 +64,8 @@ def test_what_a_run_of_the_demo_writes(demo_bundle: Path, tmp_path: Path) -> Non
     assert sorted(entries(tmp_path)) == sorted(
         ["a", "a/images", "tokens.npy", *(f"a/images/{name}" for name in entries(out))]
     )
-    manifest = Bundle.open(demo_bundle).manifest
-    schedule = Bundle.open(demo_bundle).schedule()
+    manifest = Bundle.open(emoji_bundle).manifest
+    schedule = Bundle.open(emoji_bundle).schedule()
     for index, row in enumerate(rows):
         assert row["index"] == index
         label = row["class_id"]
@@ -75,7 +75,7 @@ def test_what_a_run_of_the_demo_writes(demo_bundle: Path, tmp_path: Path) -> Non
         assert (row["cfg"], row["guidance"], row["temperature"]) == (3.0, "linear", 1.0)
         assert (row["top_k"], row["top_p"], row["steps"]) == (None, None, 20)
         assert 0 <= row["order"] < schedule.count
-        assert row["bundle"] == str(demo_bundle)
+        assert row["bundle"] == str(emoji_bundle)
         assert pixels(out / row["file"]).shape == (32, 32, 3)
     drawn = [pixels(out / name) for name in files]
     assert len({image.tobytes() for image in drawn}) == len(files)
@@ -140,12 +140,12 @@ def trace_files(rows: list[dict[str, Any]], steps: int) -> list[str]:
     return sorted(["trace", *folders, *pictures, *(f"{folder}.png" for folder in folders)])
 
 
-def test_a_trace_shows_how_each_image_fills_in(demo_bundle: Path, tmp_path: Path) -> None:
+def test_a_trace_shows_how_each_image_fills_in(emoji_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "images"
-    rows = run(demo_bundle, out, "--class", "heart", "none", "-n", 2, "--batch", 3, "--trace")
+    rows = run(emoji_bundle, out, "--class", "heart", "none", "-n", 2, "--batch", 3, "--trace")
     files = [row["file"] for row in rows]
     assert sorted(entries(out)) == sorted([*files, SHEET, RECORDS, *trace_files(rows, 20)])
-    schedule = Bundle.open(demo_bundle).schedule()
+    schedule = Bundle.open(emoji_bundle).schedule()
     for row in rows:
         image, folder = pixels(out / row["file"]), out / "trace" / Path(row["file"]).stem
         steps = step_of_cell(schedule.orders[[row["order"]]], schedule.group_sizes)
@@ -158,16 +158,16 @@ def test_a_trace_shows_how_each_image_fills_in(demo_bundle: Path, tmp_path: Path
         drawing = pixels(out / "trace" / row["file"])
         assert drawing.shape[0] > 4 * 192  # 5 x 4 pictures of 192 pixels, with words
         assert drawing.shape[1] > 5 * 192
-    (last,) = Pipeline.open(demo_bundle).generate(["heart"])
-    expected = Pipeline.open(demo_bundle).trace(last)
+    (last,) = Pipeline.open(emoji_bundle).generate(["heart"])
+    expected = Pipeline.open(emoji_bundle).trace(last)
     for step, picture in enumerate(expected):
         assert (pixels(out / f"trace/00000_heart/step_{step:02d}.png") == picture).all()
 
 
-def test_a_trace_follows_a_schedule_of_ones_own(demo_bundle: Path, tmp_path: Path) -> None:
+def test_a_trace_follows_a_schedule_of_ones_own(emoji_bundle: Path, tmp_path: Path) -> None:
     Schedule.make(16, 102, kind="raster", count=1).save(tmp_path / "102.npz")
     options = ["--class", "heart", "--schedule", tmp_path / "102.npz", "--trace"]
-    (row,) = run(demo_bundle, tmp_path / "a", *options)
+    (row,) = run(emoji_bundle, tmp_path / "a", *options)
     folder = tmp_path / "a/trace/00000_heart"
     # As many digits as the last step has, so that names sort by step.
     assert entries(folder) == [f"step_{step:03d}.png" for step in range(102)]
@@ -296,10 +296,10 @@ def test_batches_and_numbers_of_images_change_nothing(
         assert len(pictures(out)) == 3 * count
 
 
-def test_the_demo_is_the_same_in_any_batch(demo_bundle: Path, tmp_path: Path) -> None:
+def test_the_demo_is_the_same_in_any_batch(emoji_bundle: Path, tmp_path: Path) -> None:
     for batch in (1, 5):
         options = ["--batch", batch, "--save-tokens", tmp_path / f"{batch}.npy"]
-        run(demo_bundle, tmp_path / f"by_{batch}", "--class", "heart", "-n", 5, *options)
+        run(emoji_bundle, tmp_path / f"by_{batch}", "--class", "heart", "-n", 5, *options)
         assert np.array_equal(np.load(tmp_path / f"{batch}.npy"), np.load(tmp_path / "1.npy"))
         for name in pictures(tmp_path / "by_1"):
             other = pixels(tmp_path / f"by_{batch}" / name).astype(int)
@@ -694,11 +694,11 @@ def test_a_run_is_not_resumed_as_another(
 
 
 def test_a_run_is_not_resumed_with_another_bundle(
-    small_bundle: Path, demo_bundle: Path, tmp_path: Path
+    small_bundle: Path, emoji_bundle: Path, tmp_path: Path
 ) -> None:
     run(small_bundle, tmp_path / "a", "--class", "0")
     assert "made with" in mistake(
-        "run", demo_bundle, "--class", "0", "--out", tmp_path / "a", "--resume"
+        "run", emoji_bundle, "--class", "0", "--out", tmp_path / "a", "--resume"
     )
     shutil.copytree(small_bundle, tmp_path / "moved")  # the same one elsewhere is no other
     run(tmp_path / "moved", tmp_path / "a", "--class", "0", "--resume")

@@ -23,7 +23,7 @@ from lpd_export.schedule import Schedule, phase_table
 from reference import LPD, VQTokenizer
 from reference.generate import draw, filter_logits, guidance_scale
 
-MODELS = Path(__file__).parent.parent / "models" / "lpd-emoji32"
+MODELS = Path(__file__).parent / "data" / "lpd-emoji32"
 
 
 def make_generator(folder: Path, model: LPD, tokenizer: VQTokenizer, sizes: list[int]) -> Generator:
@@ -55,8 +55,8 @@ def demo_reference() -> tuple[LPD, VQTokenizer]:
 
 
 @pytest.fixture(scope="module")
-def pipeline(demo_bundle: Path) -> Pipeline:
-    return Pipeline.open(demo_bundle)
+def pipeline(emoji_bundle: Path) -> Pipeline:
+    return Pipeline.open(emoji_bundle)
 
 
 # ------------------------------------------------------------------- equal to the reference
@@ -127,10 +127,10 @@ def test_demo_images_equal_the_reference(
 
 @pytest.mark.parametrize("mutual_visibility", [True, False])
 def test_logits_equal_the_references_teacher_forced_pass(
-    demo_bundle: Path, demo_reference: tuple[LPD, VQTokenizer], mutual_visibility: bool
+    emoji_bundle: Path, demo_reference: tuple[LPD, VQTokenizer], mutual_visibility: bool
 ) -> None:
     """Step by step with a cache, and in one pass: two ways to the same logits."""
-    pipeline = Pipeline.open(demo_bundle, mutual_visibility=mutual_visibility)
+    pipeline = Pipeline.open(emoji_bundle, mutual_visibility=mutual_visibility)
     images = pipeline.generate([3], cfg=1.0)
     schedule, token_ids = pipeline.choose_schedule(None), torch.from_numpy(images[0].token_ids)
     order = torch.from_numpy(schedule.orders[[images[0].order_index]].astype(np.int64))

@@ -83,8 +83,8 @@ def test_unfilled_cells_are_blank_and_no_other_pixel_changes() -> None:
 
 
 @pytest.fixture(scope="module")
-def pipeline(demo_bundle: Path) -> Pipeline:
-    return Pipeline.open(demo_bundle)
+def pipeline(emoji_bundle: Path) -> Pipeline:
+    return Pipeline.open(emoji_bundle)
 
 
 @pytest.fixture(scope="module")

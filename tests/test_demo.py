@@ -1,0 +1,110 @@
+"""The model of `make demo`: it draws what it is asked for, and its card tells the truth."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import claims
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from lpd_export import Pipeline
+from lpd_export.build import build
+from lpd_export.bundle import Bundle
+from lpd_export.classes import display_name
+from lpd_export.recipe import BuildRequest, read_recipe
+from reference.classifier import load
+from reference.training_data import to_signed
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "lpd-emoji"
+CARD = MODEL / "README.md"
+README = ROOT / "README.md"
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `make demo`."""
+    out = tmp_path_factory.mktemp("engines") / "demo"
+    return build(BuildRequest(**read_recipe(ROOT / "engines" / "demo.toml") | {"out": str(out)}))
+
+
+def test_it_draws_what_it_is_asked_for(demo: Path) -> None:
+    """The classifier sees the class that was asked for, not much less often than in real images."""
+    judge = load(MODEL / "classifier.safetensors")
+    classes = list(range(len(judge.class_names)))
+    images = Pipeline.open(demo).generate(2 * classes, seed=0, batch=5)
+    pixels = np.stack([image.pixels for image in images])
+    with torch.inference_mode():
+        seen = judge.logits(to_signed(torch.from_numpy(pixels))).argmax(dim=1)
+    accuracy = float((seen == torch.tensor(2 * classes)).double().mean())
+    measured = next(
+        row.accuracy
+        for row in claims.Claims.read(MODEL / "claims.json").rows
+        if row.variant == claims.published_variant([20])
+    )
+    # Classes are asked for equally often here, not as often as there are images.
+    assert accuracy > measured - 0.2
+    assert accuracy > 0.4
+
+
+def test_what_it_is(demo: Path) -> None:
+    manifest = Bundle.open(demo).manifest
+    assert (manifest.resolution, manifest.model.grid, manifest.model.head_dim) == (64, 16, 64)
+    assert Bundle.open(demo).schedule().steps == 20
+    names = json.loads((MODEL / "classes.json").read_text())
+    assert [display_name(manifest.class_names, i) for i in range(len(names))] == names
+    assert list(load(MODEL / "classifier.safetensors").class_names) == names
+
+
+def test_weights_are_small_and_halves() -> None:
+    sizes = {path.name: path.stat().st_size for path in MODEL.iterdir()}
+    assert sizes["lpd.safetensors"] + sizes["vq.safetensors"] < 20 * MEGABYTE
+    parameters = 0
+    for name in ("lpd", "vq"):
+        with safe_open(MODEL / f"{name}.safetensors", framework="pt") as file:
+            tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118
+        assert {tensor.dtype for tensor in tensors} == {torch.float16}
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors)
+        parameters += sum(math.prod(tensor.shape) for tensor in tensors)
+    assert 6 * MEGABYTE < parameters < 10 * MEGABYTE
+    everything = [*(ROOT / "models").rglob("*"), *(ROOT / "tests" / "data").rglob("*")]
+    assert sum(path.stat().st_size for path in everything if path.is_file()) < 40 * MEGABYTE
+
+
+@pytest.mark.parametrize("page", [README, CARD])
+def test_pages_show_the_table_that_was_measured(page: Path) -> None:
+    found = claims.Claims.read(MODEL / "claims.json")
+    assert found.samples >= 2000
+    assert claims.table(found) in page.read_text("utf-8")
+
+
+def test_the_card_repeats_what_the_weights_say() -> None:
+    text = CARD.read_text("utf-8")
+    for name, figure, unit in (("vq", "validation_psnr", "dB"), ("lpd", "validation_loss", "nats")):
+        with safe_open(MODEL / f"{name}.safetensors", framework="pt") as file:
+            header = file.metadata()
+        assert f"{float(header[figure]):.2f} {unit}" in text
+        assert f"{int(header['step'])} steps" in text
+
+
+def test_licences_are_beside_the_weights() -> None:
+    text = (MODEL / "licences.md").read_text("utf-8")
+    for words in ("Apache License 2.0", "CC BY 4.0", "MIT License", "Google LLC", "Twitter, Inc."):
+        assert words in text
+    assert "licences.md" in CARD.read_text("utf-8")
+    assert "models/lpd-emoji/licences.md" in (ROOT / "NOTICE").read_text("utf-8")
+
+
+def test_pictures_of_the_readme_are_there() -> None:
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text("utf-8")):
+        with Image.open(ROOT / name) as picture:
+            assert picture.width >= 1000
+        assert (ROOT / name).stat().st_size < 2 * MEGABYTE
