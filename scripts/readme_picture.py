@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from claims import Claims, draw_curves
+from claims_results import Claims, draw_curves
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import claims
+import claims_results
 import numpy as np
 import pytest
 import torch
@@ -96,7 +97,7 @@ def measured(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("measured") / "claims"
     result = measure(parts, out)
     assert result.exit_code == 0, result.output
-    assert claims.table(claims.Claims.read(out / "claims.json")) in result.output
+    assert claims_results.table(claims_results.Claims.read(out / "claims.json")) in result.output
     return out
 
 
@@ -104,7 +105,7 @@ def measured(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_row_is_there(measured: Path) -> None:
-    rows = claims.Claims.read(measured / "claims.json").rows
+    rows = claims_results.Claims.read(measured / "claims.json").rows
     assert [
         (row.variant.kind, row.variant.steps, row.variant.mutual_visibility) for row in rows
     ] == [
@@ -125,14 +126,14 @@ def test_every_row_is_there(measured: Path) -> None:
 
 def test_published_variants() -> None:
     rows = claims.variants(16, claims.read_steps(claims.STEPS, 16))
-    assert rows[0] == claims.Variant("raster", 256)
+    assert rows[0] == claims_results.Variant("raster", 256)
     assert [row.steps for row in rows[1:-1]] == 2 * [64, 32, 20, 12, 8]
-    assert rows[-1] == claims.Variant("locality", 20, mutual_visibility=False)
+    assert rows[-1] == claims_results.Variant("locality", 20, mutual_visibility=False)
 
 
 def test_a_row_is_what_the_bundle_generates(parts: Path, measured: Path) -> None:
     """Distance and accuracy once more, from the images that Python gives for the same seed."""
-    row = claims.Claims.read(measured / "claims.json").rows[4]
+    row = claims_results.Claims.read(measured / "claims.json").rows[4]
     training = load_image_set(parts / "images", "train")
     judge = load(parts / "models" / "classifier.safetensors")
     labels = claims.labels_of(training, 0, 48)
@@ -155,7 +156,7 @@ def test_a_row_is_what_the_bundle_generates(parts: Path, measured: Path) -> None
 @pytest.mark.parametrize("place", [0, 3, 5])
 def test_likelihood_is_the_bundle_s(parts: Path, measured: Path, place: int) -> None:
     """The exported graphs, step by step on caches, say the same of images that were held out."""
-    row = claims.Claims.read(measured / "claims.json").rows[place]
+    row = claims_results.Claims.read(measured / "claims.json").rows[place]
     pipeline = Pipeline.open(parts / "bundle", mutual_visibility=row.variant.mutual_visibility)
     held_out = load_image_set(parts / "images", "validation")
     tokenizer = load_tokenizer(parts / "models" / "vq.safetensors").eval()
@@ -178,12 +179,12 @@ def test_likelihood_is_the_bundle_s(parts: Path, measured: Path, place: int) -> 
 
 def test_likelihood_of_training_images(parts: Path, measured: Path) -> None:
     """Of as many as were held out, in the order that is published, from the reference at once."""
-    found = claims.Claims.read(measured / "claims.json")
+    found = claims_results.Claims.read(measured / "claims.json")
     training = load_image_set(parts / "images", "train")
     some = claims.shuffled(len(training), 0)[: found.held_out_images]
     model = load_lpd(parts / "models" / "lpd.safetensors").eval()
     tokenizer = load_tokenizer(parts / "models" / "vq.safetensors").eval()
-    schedule = claims.schedule_of(claims.Variant("locality", 8), 4, REPULSION)
+    schedule = claims.schedule_of(claims_results.Variant("locality", 8), 4, REPULSION)
     orders = torch.from_numpy(schedule.orders[: len(some)].astype(np.int64))
     with torch.inference_mode():
         token_ids = tokenizer.encode(to_signed(training.pixels[some]))
@@ -195,7 +196,7 @@ def test_likelihood_of_training_images(parts: Path, measured: Path) -> None:
 
 
 def test_how_real_images_measure(parts: Path, measured: Path) -> None:
-    floor = claims.Claims.read(measured / "claims.json").floor
+    floor = claims_results.Claims.read(measured / "claims.json").floor
     training = load_image_set(parts / "images", "train")
     judge = load(parts / "models" / "classifier.safetensors")
     tokenizer = load_tokenizer(parts / "models" / "vq.safetensors").eval()
@@ -240,8 +241,8 @@ def test_error_of_a_distance() -> None:
 
 
 def test_the_table_says_what_was_measured(measured: Path) -> None:
-    found = claims.Claims.read(measured / "claims.json")
-    lines = claims.table(found).splitlines()
+    found = claims_results.Claims.read(measured / "claims.json")
+    lines = claims_results.table(found).splitlines()
     assert len(lines) == 2 + len(found.rows) + 4
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| raster | 16 |")
@@ -256,8 +257,8 @@ def test_curves_and_samples_are_drawn(measured: Path) -> None:
         assert Image.open(measured / f"{name}.png").width > 100
     figure = Figure()
     panels = list(figure.subplots(1, 3))
-    claims.draw_curves(claims.Claims.read(measured / "claims.json"), panels)
-    rows = claims.Claims.read(measured / "claims.json").rows
+    claims_results.draw_curves(claims_results.Claims.read(measured / "claims.json"), panels)
+    rows = claims_results.Claims.read(measured / "claims.json").rows
     heights = {float(y) for line in panels[1].get_lines() for y in line.get_ydata()}
     assert heights == {row.nats for row in rows}
 
@@ -278,11 +279,11 @@ def test_what_is_drawn_is_not_drawn_again(parts: Path, measured: Path, tmp_path:
     second = measure(parts, out, samples=44, steps="4")
     changed = {name for name, when in kept(out).items() if before[name] != when}
     assert changed == {str(lost.relative_to(out))}
-    rows = [claims.Claims.read(folder / "claims.json").rows for folder in (measured, out)]
+    rows = [claims_results.Claims.read(folder / "claims.json").rows for folder in (measured, out)]
     assert first.exit_code == second.exit_code == 0
     # More samples add to it: the first 40 are those of the longer measurement, not the 4 after.
     measure(parts, out, samples=48, steps="4")
-    rows = [claims.Claims.read(folder / "claims.json").rows for folder in (measured, out)]
+    rows = [claims_results.Claims.read(folder / "claims.json").rows for folder in (measured, out)]
     assert {name for name in before if kept(out)[name] != before[name]} == changed
     assert rows[1][2].variant == rows[0][4].variant
     assert rows[1][2].frechet_distance == pytest.approx(rows[0][4].frechet_distance, rel=1e-9)
@@ -383,4 +384,4 @@ def test_other_files_are_no_claims(tmp_path: Path) -> None:
     for content in ("", "{}", '{"rows": [{}]}', "[]"):
         (tmp_path / "claims.json").write_text(content)
         with pytest.raises(UserError, match="run it first"):
-            claims.Claims.read(tmp_path / "claims.json")
+            claims_results.Claims.read(tmp_path / "claims.json")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import claims
+import claims_results
 import numpy as np
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_it_draws_what_it_is_asked_for(demo: Path) -> None:
     accuracy = float((seen == torch.tensor(2 * classes)).double().mean())
     measured = next(
         row.accuracy
-        for row in claims.Claims.read(MODEL / "claims.json").rows
+        for row in claims_results.Claims.read(MODEL / "claims.json").rows
         if row.variant == claims.published_variant([20])
     )
     # Classes are asked for equally often here, not as often as there are images.
@@ -81,9 +82,9 @@ def test_weights_are_small_and_halves() -> None:
 
 @pytest.mark.parametrize("page", [README, CARD])
 def test_pages_show_the_table_that_was_measured(page: Path) -> None:
-    found = claims.Claims.read(MODEL / "claims.json")
+    found = claims_results.Claims.read(MODEL / "claims.json")
     assert found.samples >= 2000
-    assert claims.table(found) in page.read_text("utf-8")
+    assert claims_results.table(found) in page.read_text("utf-8")
 
 
 def test_the_card_repeats_what_the_weights_say() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import claims
+import claims_results
 import readme_picture
+from claims import variants
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -13,11 +14,11 @@ from PIL import Image
 def made_up(path: Path) -> Path:
     """A measurement's file, without the hour that it takes."""
     rows = [
-        claims.Row(variant, 3.0 + number, 0.1, 0.5, 2.0 + number / 10, 0.1)
-        for number, variant in enumerate(claims.variants(16, [64, 20]))
+        claims_results.Row(variant, 3.0 + number, 0.1, 0.5, 2.0 + number / 10, 0.1)
+        for number, variant in enumerate(variants(16, [64, 20]))
     ]
-    floor = claims.Floor(1.0, 0.5, 0.9, 0.7, 1.9)
-    claims.Claims(2000, 10, 10, 3.0, rows, floor).write(path)
+    floor = claims_results.Floor(1.0, 0.5, 0.9, 0.7, 1.9)
+    claims_results.Claims(2000, 10, 10, 3.0, rows, floor).write(path)
     return path
 
 
