@@ -21,9 +21,11 @@ import functools
 import io
 import math
 import multiprocessing
+import os
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -137,9 +139,18 @@ def shuffled(count: int, turn: int) -> torch.Tensor:
 def begin_work(setting: Setting) -> None:
     """Prepares a process for the tasks below: one thread, and what all tasks share."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent lets what is at work finish
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     global _setting
     _setting = setting
+
+
+def end_with_parent() -> None:
+    """Ends this process when its parent is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(EXIT_FAILED)
 
 
 _setting: Setting

@@ -33,6 +33,7 @@ from reference.training_data import ImageSet, load_image_set, to_signed
 
 NAMES = ("red", "green", "blue", "white", "black")
 REPULSION = 1
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "claims.py"
 
 
@@ -304,18 +305,40 @@ def start_long(parts: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for the process at work in /proc")
-def test_killed_worker_is_told(parts: Path, tmp_path: Path) -> None:
-    out = tmp_path / "claims"
-    process = start_long(parts, out)
+def worker_of(process: subprocess.Popen[str]) -> int:
+    """The process that is at work for a measurement."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    at_work = [
+    (worker,) = (
         int(child)
         for child in children
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
-    assert len(at_work) == 1
-    os.kill(at_work[0], signal.SIGKILL)
+    )
+    return worker
+
+
+@ON_LINUX
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_worker_ends_with_a_killed_measurement(
+    parts: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start_long(parts, tmp_path / "claims")
+    worker = worker_of(process)
+    process.send_signal(number)
+    process.communicate(timeout=120)  # ends only once nobody holds its output any more
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{worker}/cmdline").exists() and time.monotonic() < deadline:
+        if not Path(f"/proc/{worker}/cmdline").read_bytes():  # ended, and nobody's child
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{worker}").exists()
+
+
+@ON_LINUX
+def test_killed_worker_is_told(parts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "claims"
+    process = start_long(parts, out)
+    os.kill(worker_of(process), signal.SIGKILL)
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "a process at work was killed" in errors
