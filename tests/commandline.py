@@ -74,7 +74,7 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
 
 
 def end(process: subprocess.Popen[str]) -> Answer:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     return Answer(process.returncode, out, err)
 
 

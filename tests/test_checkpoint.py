@@ -779,7 +779,7 @@ def load_from_hub(endpoint: str, home: Path, sources: list[str]) -> tuple[Answer
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
     )
     return json.loads(finished.stdout), finished.stderr
 
@@ -918,5 +918,5 @@ def test_a_hub_out_of_reach(hub_home: Path) -> None:
             f"cannot fetch {source}: the Hugging Face hub cannot be reached from here; fetch the "
             "file on another machine and give its path"
         )
-        assert seconds < 10
+        assert seconds < 30
     assert "Retrying" not in noise

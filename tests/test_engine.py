@@ -194,7 +194,7 @@ def test_polygraphy_converts_a_phase_file_without_shape_flags(
         env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     assert (tmp_path / "phase.engine").stat().st_size > 100_000
@@ -583,9 +583,9 @@ def test_an_interrupt_while_tensorrt_works_is_not_lost() -> None:
     timer.start()
     started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        engine._run_watched(lambda: cancelled.wait(20), events, cancelled, lambda *_: None)
+        engine._run_watched(lambda: cancelled.wait(60), events, cancelled, lambda *_: None)
     assert cancelled.is_set()
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 20
 
 
 # ----------------------------------------------------------------------------------- profiles

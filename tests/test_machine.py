@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_a_hub_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         started = time.perf_counter()
         hub = reach_hub(0.5)
-        assert time.perf_counter() - started < 2
+        assert time.perf_counter() - started < 20
     assert hub.endpoint == endpoint
     assert hub.problem is not None
 
@@ -145,19 +146,21 @@ def test_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         closed = f"http://127.0.0.1:{server.getsockname()[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", closed)
     started = time.perf_counter()
-    hub = reach_hub(5)
-    assert time.perf_counter() - started < 3
+    hub = reach_hub(60)
+    assert time.perf_counter() - started < 20
     assert "ConnectError" in (hub.problem or "")
     monkeypatch.setattr(constants, "ENDPOINT", "nonsense")
     assert reach_hub(5).problem
 
 
 def test_a_name_look_up_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(3))
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: released.wait(60))
     monkeypatch.setattr(constants, "ENDPOINT", "http://some.host")
     started = time.perf_counter()
     assert reach_hub(0.5) == Hub("http://some.host", "no answer in 0.5 s")
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 20
+    released.set()
 
 
 @pytest.mark.parametrize(
