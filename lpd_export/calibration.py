@@ -30,8 +30,9 @@ from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.schedule import Schedule
 
 MEASUREMENTS = "measurements"
-IMAGES = 4
-"""Images generated in each measuring pass, of as many classes."""
+FEWEST_IMAGES, MOST_IMAGES = 4, 16
+"""Generated in each measuring pass; the fewest are enough from FULL_RESOLUTION on."""
+FULL_RESOLUTION = 256
 BATCH = 2
 SEED = 2**63
 """Of these images: far from the seeds that users choose."""
@@ -145,6 +146,16 @@ def spread_labels(num_classes: int, count: int) -> list[int]:
     return [int(label) for label in np.resize(spread, count)]
 
 
+def calibration_images(resolution: int) -> int:
+    """How many images are generated in each measuring pass, of as many classes.
+
+    Small images hold few activations each and cost little: there are as many more of them as make
+    up for the pixels, up to MOST_IMAGES.
+    """
+    pixels = (FULL_RESOLUTION / resolution) ** 2
+    return int(min(MOST_IMAGES, max(FEWEST_IMAGES, FEWEST_IMAGES * pixels)))
+
+
 @dataclass(frozen=True)
 class LayerMeasurement:
     """What quantizing one layer would do."""
@@ -192,7 +203,9 @@ class Calibrator:
         self._scratch = scratch
         self._manifest = manifest
         self._schedule = schedule
-        self._labels = spread_labels(manifest.model.num_classes, IMAGES)
+        self._labels = spread_labels(
+            manifest.model.num_classes, calibration_images(manifest.resolution)
+        )
 
     def ranges(self) -> Measured:
         """The largest magnitude of every value."""

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from lpd_export import __version__, export
 from lpd_export.bundle import GRAPH_NAMES, Manifest
-from lpd_export.calibration import IMAGES, Calibration, Calibrator
+from lpd_export.calibration import Calibration, Calibrator, calibration_images
 from lpd_export.casting import check_ranges, lower
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256, write_atomically
@@ -145,7 +145,7 @@ def _content_key(exact: Path, manifest: Manifest, schedule: Schedule, with_layer
     parts = [
         __version__,
         with_layers,
-        IMAGES,
+        calibration_images(manifest.resolution),
         manifest.cfg,
         manifest.guidance,
         hashlib.sha256(schedule.orders.tobytes()).hexdigest(),

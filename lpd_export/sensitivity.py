@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lpd_export import export
 from lpd_export.bundle import Manifest
-from lpd_export.calibration import IMAGES, SEED, LayerMeasurement, spread_labels
+from lpd_export.calibration import SEED, LayerMeasurement, calibration_images, spread_labels
 from lpd_export.errors import UserError
 from lpd_export.pipeline import GeneratedImage, Pipeline
 from lpd_export.progress import Report
@@ -81,9 +81,10 @@ class Chooser:
         self._manifest = manifest
         self._schedule = schedule
         exact = self._pipeline(graphs)
-        labels: list[int | str | None] = [*spread_labels(manifest.model.num_classes, IMAGES)]
+        count = calibration_images(manifest.resolution)
+        labels: list[int | str | None] = [*spread_labels(manifest.model.num_classes, count)]
         # Not the images of the calibration, which the ranges fit best.
-        self._images = exact.generate(labels, seed=SEED + 1, batch=IMAGES)
+        self._images = exact.generate(labels, seed=SEED + 1, batch=count)
         self._log_probabilities = exact.teacher_forced_logits(self._images).log_softmax(dim=-1)
         self._pixels = self._decode_images(exact)
         self._indices = exact.tokenize(self._pixels)

@@ -23,6 +23,7 @@ from lpd_export.calibration import (
     Calibration,
     Calibrator,
     add_measurements,
+    calibration_images,
     largest_magnitudes,
     spread_labels,
 )
@@ -376,6 +377,14 @@ def test_calibration_classes_are_valid_and_spread(num_classes: int, count: int) 
     assert len(labels) == count
     assert all(0 <= label < num_classes for label in labels)
     assert len(set(labels)) == min(num_classes, count)
+
+
+@given(st.integers(8, 2048))
+def test_small_images_are_measured_in_greater_number(resolution: int) -> None:
+    count = calibration_images(resolution)
+    assert 4 <= count <= 16
+    assert count == 16 or count * resolution**2 >= 4 * 256**2 - resolution**2
+    assert calibration_images(resolution + 1) <= count
 
 
 def test_kl_is_zero_for_itself_and_what_it_is_otherwise() -> None:
