@@ -17,6 +17,7 @@ greater --samples adds to it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
@@ -27,7 +28,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -291,12 +292,23 @@ def distance_and_error(real: torch.Tensor, drawn: torch.Tensor) -> tuple[float, 
     return frechet_distance(real, drawn), math.sqrt(float(variance))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Times are taken in it: how several get on with each other would weigh more than the steps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def measure_times(
     rows: list[Variant], setting: Setting, progress: Progress
 ) -> dict[Variant, float]:
     """Median seconds an image of each variant, one image at a time, the variants in turn."""
     task = progress.add_task("timing", total=(TIMED + 1) * len(rows))
-    pipeline = Pipeline.open(setting.bundle)
+    pipeline = Pipeline.open(setting.bundle, threads=1)
     label = labels_of(setting.training, 0, 1)[0]
     seconds: dict[Variant, list[float]] = {variant: [] for variant in rows}
     for turn in range(TIMED + 1):
@@ -371,7 +383,8 @@ def measure(setting: Setting, steps: list[int], workers: int) -> Claims:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         work(rows, published, setting, workers, progress)
-        times = measure_times(rows, setting, progress)
+        with one_thread():
+            times = measure_times(rows, setting, progress)
     real, floor = measure_floor(setting, mean_nats(published, True, setting))
     samples = parts(setting.samples)
     measured = []

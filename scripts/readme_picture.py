@@ -123,6 +123,10 @@ def main(
     except UserError as error:
         click.echo(f"readme_picture: error: {error}", err=True)
         sys.exit(EXIT_MISTAKE)
+    except OSError as error:
+        reason = error.strerror or error
+        click.echo(f"readme_picture: error: cannot write {out}: {reason}", err=True)
+        sys.exit(EXIT_MISTAKE)
     click.echo(f"{out}: {picture.width}x{picture.height}, {out.stat().st_size / 1e6:.2f} MB")
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from lpd_export import Pipeline
+from lpd_export.accuracy.comparison import image_psnr
+from lpd_export.accuracy.thresholds import THRESHOLDS
 from lpd_export.build import build
 from lpd_export.bundle import Bundle
 from lpd_export.classes import display_name
@@ -54,6 +56,25 @@ def test_it_draws_what_it_is_asked_for(demo: Path) -> None:
     # Classes are asked for equally often here, not as often as there are images.
     assert accuracy > measured - 0.2
     assert accuracy > 0.4
+
+
+@pytest.fixture(scope="module")
+def demo_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in INT8, as the README builds it."""
+    out = tmp_path_factory.mktemp("engines") / "demo-int8"
+    recipe = read_recipe(ROOT / "engines" / "demo.toml")
+    return build(BuildRequest(**recipe | {"precision": "int8", "out": str(out)}))
+
+
+def test_int8_decodes_the_same_images(demo: Path, demo_int8: Path) -> None:
+    """The worst of many images, of classes that no calibration saw, is what verify asks for."""
+    (limit,) = (row.int8 for row in THRESHOLDS if row.metric == "image_psnr")
+    exact, quantized = Pipeline.open(demo), Pipeline.open(demo_int8)
+    decisions = Bundle.open(demo_int8).manifest.calibration["quantization"]
+    assert len(decisions["detokenize"]["kept"]) < decisions["detokenize"]["layers"] / 2
+    for image in exact.generate(2 * list(range(25)), seed=1, batch=5):
+        token_ids = image.token_ids[None]
+        assert image_psnr(exact.detokenize(token_ids), quantized.detokenize(token_ids)) >= limit
 
 
 def test_what_it_is(demo: Path) -> None:

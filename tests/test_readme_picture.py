@@ -48,9 +48,11 @@ def test_mistakes_leave_nothing(small_bundle: Path, tmp_path: Path) -> None:
         (("--claims", tmp_path / "none.json"), "run it first"),
         (("--bundle", tmp_path / "none"), "none"),
         (("--steps-of", "no such class"), "no such class"),
+        (("--steps-of", 1, "--out", measured / "picture.png"), f"cannot write {measured}"),
     ):
         given = ("--bundle", small_bundle, "--claims", measured, "--out", out)
         result = draw(*given, *options)
         assert result.exit_code == 2
         assert words in result.output
+        assert len(result.output.splitlines()) == 1
         assert not out.exists()
