@@ -201,7 +201,8 @@ class Calibrator:
     def __init__(self, graphs: Path, scratch: Path, manifest: Manifest, schedule: Schedule) -> None:
         self._graphs = graphs
         self._scratch = scratch
-        self._manifest = manifest
+        # These graphs take any batch, whatever engines are to take.
+        self._manifest = dataclasses.replace(manifest, max_batch=None)
         self._schedule = schedule
         self._labels = spread_labels(
             manifest.model.num_classes, calibration_images(manifest.resolution)

@@ -8,6 +8,7 @@ quantized is in `quantization`, how noise is measured in `calibration`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ class Chooser:
     def __init__(self, graphs: Path, scratch: Path, manifest: Manifest, schedule: Schedule) -> None:
         self._graphs = graphs
         self._scratch = scratch
-        self._manifest = manifest
+        # These graphs take any batch, whatever engines are to take.
+        self._manifest = dataclasses.replace(manifest, max_batch=None)
         self._schedule = schedule
         exact = self._pipeline(graphs)
         count = calibration_images(manifest.resolution)

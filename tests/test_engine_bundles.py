@@ -286,6 +286,13 @@ def quantized_types(bundle: Bundle, graph: str) -> dict[str, set[int]]:
     return levels
 
 
+def test_int8_is_measured_in_its_own_batches(tmp_path: Path) -> None:
+    """Engines for one image at a time are calibrated on many, which are no batch of theirs."""
+    bundle = build_demo(tmp_path / "one", backend="tensorrt-rtx", max_batch=1)
+    assert bundle.manifest.max_batch == 1
+    assert bundle.manifest.calibration["quantization"]["decode"]["layers"]
+
+
 def test_tensorrt_gets_signed_levels_alone(bundles: Bundles) -> None:
     for path in sorted(bundles("int8").path.glob("onnx/*.onnx")):
         found = load(path)
