@@ -14,7 +14,7 @@ demo: $(DEMO)
 	$(BIN)/lpd-export run engines/demo --class all -n 2 --temperature 0.8 --out images/demo
 	@echo "Look at images/demo/contact_sheet.png"
 
-$(DEMO): $(READY) engines/demo.toml $(wildcard models/lpd-emoji/*.safetensors) $(wildcard lpd_export/*.py reference/*.py)
+$(DEMO): $(READY) engines/demo.toml $(wildcard models/lpd-emoji/*.safetensors) $(shell find lpd_export reference -name '*.py')
 	$(BIN)/lpd-export build engines/demo.toml --force
 
 test: $(READY)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lpd_export.errors import UserError
 
 if TYPE_CHECKING:
-    from lpd_export.pipeline import Pipeline
+    from lpd_export.runtime.pipeline import Pipeline
 
 __all__ = ["Pipeline", "UserError"]
 __version__ = version("lpd-export")
@@ -22,7 +22,7 @@ __version__ = version("lpd-export")
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: it brings torch, which `lpd-export --help` should not wait for.
     if name == "Pipeline":
-        from lpd_export.pipeline import Pipeline
+        from lpd_export.runtime.pipeline import Pipeline
 
         return Pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

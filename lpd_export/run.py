@@ -25,16 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpd_export.bundle import MANIFEST
-from lpd_export.classes import display_name, resolve_classes
+from lpd_export.bundle.classes import display_name, resolve_classes
+from lpd_export.bundle.manifest import MANIFEST
 from lpd_export.errors import Interrupted, UserError
 from lpd_export.files import check_writable, exclusive, sha256, uninterrupted, write_atomically
 from lpd_export.images import contact_sheet, draw_trace, save_png
-from lpd_export.pipeline import GeneratedImage, Pipeline, Progress
 from lpd_export.runtime.onnxruntime_executor import check_threads
+from lpd_export.runtime.pipeline import GeneratedImage, Pipeline, Progress
 from lpd_export.runtime.randomness import image_randomness
 from lpd_export.runtime.sampler import Sampling
-from lpd_export.schedule import Schedule
+from lpd_export.schedule.schedule import Schedule
 
 RECORDS = "images.jsonl"
 SHEET = "contact_sheet.png"

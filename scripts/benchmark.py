@@ -29,11 +29,11 @@ import onnxruntime
 import torch
 
 from lpd_export import Pipeline
-from lpd_export.build import build
-from lpd_export.bundle import Bundle
-from lpd_export.recipe import BuildRequest
+from lpd_export.build.build import build
+from lpd_export.build.request import BuildRequest
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.runtime.randomness import image_randomness
-from reference import LPD, PUBLISHED_MODELS, LPDConfig, VQConfig, VQTokenizer, generate
+from lpd_reference import LPD, PUBLISHED_MODELS, LPDConfig, VQConfig, VQTokenizer, generate
 
 SEED = 0
 GENERATE_ONCE = """

@@ -35,10 +35,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `training` is not installed
+
 import click
 import numpy as np
 import torch
-from claims_results import Claims, Floor, Row, Variant, draw_curves, table
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -46,17 +47,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional as F
 
+from claims_results import Claims, Floor, Row, Variant, draw_curves, table
 from lpd_export import Pipeline
-from lpd_export.bundle import MANIFEST, Bundle
+from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import sha256, write_atomically
 from lpd_export.images import contact_sheet, save_png
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
-from lpd_export.schedule import Schedule
-from reference import LPD, CheckpointError, load_lpd, load_tokenizer
-from reference.classifier import Classifier, frechet_distance
-from reference.classifier import load as load_classifier
-from reference.training_data import ImageSet, TrainingError, load_image_set, seeded, to_signed
+from lpd_export.schedule.schedule import Schedule
+from lpd_reference import LPD, CheckpointError, load_lpd, load_tokenizer
+from training.classifier import Classifier, frechet_distance
+from training.classifier import load as load_classifier
+from training.data import ImageSet, TrainingError, load_image_set, seeded, to_signed
 
 EXIT_FAILED = 1
 EXIT_MISTAKE = 2
@@ -500,7 +502,7 @@ def read_setting(
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one a CPU core]")
 @click.option("--cfg", type=float, help="Guidance scale.  [default: the bundle's]")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("training/claims"), show_default=True
+    "--out", type=click.Path(path_type=Path), default=Path("runs/claims"), show_default=True
 )
 def main(
     bundle: Path,

@@ -24,19 +24,19 @@ from typing import Any
 import click
 import onnx_ir as ir
 
-from lpd_export import export
-from lpd_export.build import build
-from lpd_export.bundle import SCHEDULE
-from lpd_export.casting import lower
-from lpd_export.engine import (
+from lpd_export.build.build import build
+from lpd_export.build.engine import (
     EngineOptions,
     Profile,
     compile_graph,
     decode_profiles,
     tokenizer_profiles,
 )
-from lpd_export.recipe import BuildRequest
-from lpd_export.schedule import Schedule, phase_table
+from lpd_export.build.request import BuildRequest
+from lpd_export.bundle.manifest import SCHEDULE
+from lpd_export.graphs import export
+from lpd_export.precision.casting import lower
+from lpd_export.schedule.schedule import Schedule, phase_table
 
 
 @click.command()

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import click
 import numpy as np
-from claims_results import Claims, draw_curves
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from claims_results import Claims, draw_curves
 from lpd_export import Pipeline
 from lpd_export.errors import UserError
 from lpd_export.files import write_atomically

@@ -11,10 +11,13 @@ and kept in the file's header is that of the written weights.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `training` is not installed
 
 import click
 import torch
@@ -22,7 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_command import (
+
+from training.classifier import Classifier, ClassifierConfig
+from training.command import (
     TrainingOptions,
     recipe_options,
     run_options,
@@ -30,18 +35,7 @@ from training_command import (
     seed_option,
     training_command,
 )
-
-from reference.classifier import Classifier, ClassifierConfig
-from reference.train import (
-    Batch,
-    Figures,
-    Outcome,
-    Recipe,
-    autocast,
-    export_average,
-    read_checkpoint,
-)
-from reference.training_data import (
+from training.data import (
     ImageSet,
     TrainingError,
     augment,
@@ -50,6 +44,15 @@ from reference.training_data import (
     load_image_set,
     seeded,
     to_signed,
+)
+from training.loop import (
+    Batch,
+    Figures,
+    Outcome,
+    Recipe,
+    autocast,
+    export_average,
+    read_checkpoint,
 )
 
 AUGMENTATION = 7
@@ -144,7 +147,7 @@ def logits_of(model: Classifier, images: ImageSet) -> Tensor:
 
 
 @training_command("train_classifier")
-@run_options("training/lpd-emoji/classifier")
+@run_options("runs/lpd-emoji/classifier")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

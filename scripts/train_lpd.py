@@ -11,13 +11,20 @@ the last checkpoint is written in the released format.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `training` is not installed
 
 import click
 import numpy as np
 import torch
 from torch import nn
-from training_command import (
+
+from lpd_export.images import contact_sheet, save_png, to_uint8
+from lpd_export.schedule.schedule import group_sizes, make_orders
+from lpd_reference import LPD, LPDConfig, VQTokenizer, generate, load_tokenizer
+from training.command import (
     TrainingOptions,
     execution_options,
     export_option,
@@ -28,13 +35,9 @@ from training_command import (
     tell_finished,
     training_command,
 )
-
-from lpd_export.images import contact_sheet, save_png, to_uint8
-from lpd_export.schedule import group_sizes, make_orders
-from reference import LPD, LPDConfig, VQTokenizer, generate, load_tokenizer
-from reference.train import open_device
-from reference.train_lpd import LPDTask
-from reference.training_data import TrainingError, load_image_set
+from training.data import TrainingError, load_image_set
+from training.loop import open_device
+from training.lpd import LPDTask
 
 SHEET_CLASSES = 16
 SHEET_COLUMNS = 4
@@ -46,11 +49,11 @@ SHEET_SEED = 0
 @click.option(
     "--tokenizer",
     "tokenizer_path",
-    default="training/lpd-emoji/tokenizer.safetensors",
+    default="runs/lpd-emoji/tokenizer.safetensors",
     show_default=True,
     help="A trained tokenizer's weights.",
 )
-@run_options("training/lpd-emoji/lpd")
+@run_options("runs/lpd-emoji/lpd")
 @export_option
 @recipe_options(
     steps=9000,

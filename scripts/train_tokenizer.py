@@ -11,13 +11,19 @@ last checkpoint is written in the released format.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `training` is not installed
 
 import click
 import numpy as np
 import torch
 from torch import nn
-from training_command import (
+
+from lpd_export.images import contact_sheet, save_png, to_uint8
+from lpd_reference.vq import NORM_GROUPS, VQConfig, VQTokenizer
+from training.command import (
     TrainingOptions,
     execution_options,
     export_option,
@@ -28,18 +34,15 @@ from training_command import (
     tell_finished,
     training_command,
 )
-
-from lpd_export.images import contact_sheet, save_png, to_uint8
-from reference.train import open_device
-from reference.train_tokenizer import TokenizerTask, psnr, reconstruct
-from reference.training_data import ImageSet, TrainingError, load_image_set, to_signed
-from reference.vq import NORM_GROUPS, VQConfig, VQTokenizer
+from training.data import ImageSet, TrainingError, load_image_set, to_signed
+from training.loop import open_device
+from training.tokenizer import TokenizerTask, psnr, reconstruct
 
 SHEET_IMAGES = 16
 
 
 @training_command("train_tokenizer")
-@run_options("training/lpd-emoji/tokenizer")
+@run_options("runs/lpd-emoji/tokenizer")
 @export_option
 @recipe_options(
     steps=6000,

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from lpd_export.cli import main
+from lpd_export.cli.main import main
 
 COMMAND = Path(sys.executable).with_name("lpd-export")
 

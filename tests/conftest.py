@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpd_export.build import build
-from lpd_export.recipe import BuildRequest, read_recipe
-from reference import LPD, VQTokenizer
-from reference.lpd import LPDConfig
-from reference.vq import VQConfig
+from lpd_export.build.build import build
+from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_reference import LPD, VQTokenizer
+from lpd_reference.lpd import LPDConfig
+from lpd_reference.vq import VQConfig
 
 EMOJI_RECIPE = Path(__file__).parent / "data" / "lpd-emoji32" / "recipe.toml"
 SMALL_NAMES = [["red panda", "firefox"], "ice-cream", "crane", ["Crane", "bird"], "monkey-face"]

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lpd_export import export
-from lpd_export.bundle import GRAPH_NAMES, MANIFEST, SCHEDULE, Bundle, describe_files
-from reference import LPD, VQTokenizer
-from reference.lpd import LPDConfig
-from reference.vq import VQConfig
+from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, SCHEDULE, Bundle, describe_files
+from lpd_export.graphs import export
+from lpd_reference import LPD, VQTokenizer
+from lpd_reference.lpd import LPDConfig
+from lpd_reference.vq import VQConfig
 
 Models = dict[str, ir.Model]
 Damage = Callable[[Models], None]

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reference.checkpoint import fill, lpd_config, vq_config
-from reference.lpd import LPD
-from reference.vq import VQTokenizer
+from lpd_reference.checkpoint import fill, lpd_config, vq_config
+from lpd_reference.lpd import LPD
+from lpd_reference.vq import VQTokenizer
 
 DATA = Path(__file__).parent / "data"
 LPD_NAMES = ("lpd_grid4", "lpd_grid8")

@@ -7,23 +7,23 @@ import math
 import re
 from pathlib import Path
 
-import claims
-import claims_results
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 
+import claims
+import claims_results
 from lpd_export import Pipeline
 from lpd_export.accuracy.comparison import image_psnr
 from lpd_export.accuracy.thresholds import THRESHOLDS
-from lpd_export.build import build
-from lpd_export.bundle import Bundle
-from lpd_export.classes import display_name
-from lpd_export.recipe import BuildRequest, read_recipe
-from reference.classifier import load
-from reference.training_data import to_signed
+from lpd_export.build.build import build
+from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_export.bundle.classes import display_name
+from lpd_export.bundle.manifest import Bundle
+from training.classifier import load
+from training.data import to_signed
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "lpd-emoji"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import entries
 
+from commandline import entries
 from lpd_export.errors import UserError
 from lpd_export.files import exclusive, new_folder
 

@@ -19,7 +19,7 @@ from lpd_export.images import (
     step_colours,
     to_uint8,
 )
-from lpd_export.schedule import KINDS, Schedule, step_of_cell
+from lpd_export.schedule.schedule import KINDS, Schedule, step_of_cell
 
 RED = (214, 30, 84)
 

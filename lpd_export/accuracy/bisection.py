@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import onnx_ir as ir
 import torch
 
-from lpd_export import export
 from lpd_export.accuracy.comparison import Comparison
 from lpd_export.accuracy.end_to_end import compare_sequence
 from lpd_export.accuracy.implementations import (
@@ -29,17 +28,18 @@ from lpd_export.accuracy.phases import decode_runs, detokenize_run, tokenize_run
 from lpd_export.accuracy.results import Bisection
 from lpd_export.accuracy.sides import Sides
 from lpd_export.accuracy.thresholds import Limits
-from lpd_export.build import write_exact_graphs
-from lpd_export.bundle import GRAPH_NAMES, Bundle
-from lpd_export.calibration import LayerMeasurement
-from lpd_export.casting import lower
+from lpd_export.build.build import write_exact_graphs
+from lpd_export.build.settings import Source
+from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.files import write_atomically
-from lpd_export.pipeline import Pipeline
-from lpd_export.precision import calibrate, compute_precision
+from lpd_export.graphs import export
+from lpd_export.precision.calibration import LayerMeasurement
+from lpd_export.precision.casting import lower
+from lpd_export.precision.quantization import quantize
+from lpd_export.precision.writer import calibrate, compute_precision
 from lpd_export.progress import Report
-from lpd_export.quantization import quantize
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-from lpd_export.settings import Source
+from lpd_export.runtime.pipeline import Pipeline
 
 Element = TypeVar("Element")
 Judge = Callable[[str, Path], bool]

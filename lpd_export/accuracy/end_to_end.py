@@ -20,11 +20,11 @@ from lpd_export.accuracy.comparison import (
 from lpd_export.accuracy.implementations import Drawn, Task
 from lpd_export.accuracy.results import GENERATION, SEQUENCE, ImagePair, Steps
 from lpd_export.accuracy.sides import Sides
-from lpd_export.bundle import Manifest
-from lpd_export.classes import display_name
+from lpd_export.bundle.classes import display_name
+from lpd_export.bundle.manifest import Manifest
 from lpd_export.errors import GraphError, NumericalError, UserError
 from lpd_export.progress import Report
-from reference.generate import draw
+from lpd_reference.generate import draw
 
 MOST_PAIRS = 16
 """Images that the report shows side by side."""

@@ -28,15 +28,15 @@ from polygraphy.datatype import DataType
 from torch import Tensor
 
 from lpd_export.errors import GraphError
-from lpd_export.export import cache_names
+from lpd_export.graphs.export import cache_names
 from lpd_export.images import to_uint8
-from lpd_export.pipeline import Pipeline
 from lpd_export.progress import Report
+from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.sampler import Sampling, guide
-from lpd_export.schedule import Phase, Schedule, phase_table
-from reference.generate import generate, guidance_scale
-from reference.lpd import LPD, LayerCache
-from reference.vq import VQTokenizer
+from lpd_export.schedule.schedule import Phase, Schedule, phase_table
+from lpd_reference.generate import generate, guidance_scale
+from lpd_reference.lpd import LPD, LayerCache
+from lpd_reference.vq import VQTokenizer
 
 Feed = Mapping[str, NDArray[Any]]
 Outputs = OrderedDict[str, NDArray[Any]]

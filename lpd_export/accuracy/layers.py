@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from torch import Tensor, nn
 
-from lpd_export import export
 from lpd_export.accuracy.comparison import quiet, relative_error
 from lpd_export.accuracy.implementations import Drawn, Reference, Task, past_rows
 from lpd_export.accuracy.phases import phase_runs
-from lpd_export.accuracy.portable import portable_files
 from lpd_export.accuracy.results import LayerError, Measurement
 from lpd_export.accuracy.sides import Sides
-from lpd_export.bundle import Bundle
+from lpd_export.bundle.manifest import Bundle
+from lpd_export.graphs import export
+from lpd_export.precision.portable import portable_files
 from lpd_export.progress import Report
-from lpd_export.schedule import Phase
-from reference.lpd import LPD, Block
-from reference.vq import AttentionBlock, ResidualBlock, VQTokenizer
+from lpd_export.schedule.schedule import Phase
+from lpd_reference.lpd import LPD, Block
+from lpd_reference.vq import AttentionBlock, ResidualBlock, VQTokenizer
 
 Arrays = Mapping[str, NDArray[Any]]
 Captures = OrderedDict[str, Tensor]

@@ -19,7 +19,7 @@ from polygraphy.json import save_json
 
 from lpd_export.accuracy.comparison import GUIDED, LOGITS, quiet
 from lpd_export.accuracy.thresholds import Limits
-from lpd_export.bundle import Manifest
+from lpd_export.bundle.manifest import Manifest
 from lpd_export.errors import UserError
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -15,17 +15,17 @@ import onnxruntime
 import torch
 
 from lpd_export.accuracy.implementations import BundleImplementation, Implementation, Reference
-from lpd_export.accuracy.portable import portable_files
-from lpd_export.bundle import GRAPH_NAMES, Bundle, Manifest
+from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
-from lpd_export.pipeline import Pipeline, open_executor
+from lpd_export.precision.portable import portable_files
 from lpd_export.progress import Report
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-from reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
-from reference.lpd import LPD, LPDConfig
-from reference.vq import VQConfig, VQTokenizer
+from lpd_export.runtime.pipeline import Pipeline, open_executor
+from lpd_reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
+from lpd_reference.lpd import LPD, LPDConfig
+from lpd_reference.vq import VQConfig, VQTokenizer
 
 REFERENCE = "reference"
 """What a bundle is compared with unless another bundle is named."""

@@ -36,10 +36,10 @@ from lpd_export.accuracy.report import IMAGES, RECORD, REPORT, write_report
 from lpd_export.accuracy.results import Measurement, Verification
 from lpd_export.accuracy.sides import REFERENCE, Sides, SidesRequest, open_sides
 from lpd_export.accuracy.thresholds import Limits
-from lpd_export.bundle import Bundle
-from lpd_export.calibration import spread_labels
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder
+from lpd_export.precision.calibration import spread_labels
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import check_threads
 from lpd_export.runtime.randomness import image_randomness

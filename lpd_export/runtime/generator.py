@@ -19,7 +19,7 @@ from torch import Tensor
 from lpd_export.errors import NumericalError, UserError
 from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.sampler import Sampling, guide, sample
-from lpd_export.schedule import Phase, attention_mask
+from lpd_export.schedule.schedule import Phase, attention_mask
 
 
 class Dimensions(NamedTuple):

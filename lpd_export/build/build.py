@@ -1,0 +1,352 @@
+"""From a request to a bundle: exports, sets the precision, compiles, compares, writes.
+
+Knows the order of the work. What a request means is in `settings`; the graphs, the ONNX files and
+the bundle's format are each somebody else's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import platform
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+import lpd_export
+from lpd_export.build import engine
+from lpd_export.build.request import BuildRequest
+from lpd_export.build.settings import (
+    Settings,
+    Source,
+    check_request,
+    check_room,
+    engine_options,
+    load,
+    settle,
+)
+from lpd_export.bundle.manifest import (
+    FORMAT_VERSION,
+    GRAPH_NAMES,
+    MANIFEST,
+    SCHEDULE,
+    Manifest,
+    ModelDescription,
+    TokenizerDescription,
+    check_destination,
+    describe_files,
+    new_bundle,
+)
+from lpd_export.errors import UserError
+from lpd_export.files import cache_folder, sha256
+from lpd_export.graphs import export
+from lpd_export.precision.writer import PrecisionWriter, compute_precision, read_kept_layers
+from lpd_export.progress import Progress, Report
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+from lpd_export.runtime.pipeline import Pipeline
+
+DEFAULT_MAX_BATCH = 8
+"""The largest batch that engines are built for, unless --max-batch says otherwise."""
+CHECK_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.2}
+"""How far a graph's output may be from the reference's, of its norm.
+
+A look at whether the graphs were written right; how close they are is `lpd-export verify`'s to say.
+"""
+FLOAT_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def build(
+    request: BuildRequest,
+    report: Report = lambda stage: None,
+    progress: Progress | None = None,
+) -> Path:
+    """Makes the bundle that a request asks for and returns its folder.
+
+    Args:
+        request: what to build.
+        report: called with a line at the start of each stage.
+        progress: called while TensorRT builds, with its stage, the steps done, and all steps.
+
+    Raises:
+        UserError: if the request cannot be met; nothing is then left on disk.
+    """
+    check_request(request)
+    kept_layers = read_kept_layers(Path(request.keep_layers)) if request.keep_layers else {}
+    if request.out:
+        check_destination(Path(request.out), request.force)
+    source = load(request, report)
+    settings = settle(request, source)
+    check_room(request, settings.out, source)
+    with new_bundle(settings.out, replace=request.force) as folder:
+        check = reference_check(source, settings)
+        manifest = describe(request, source, settings)
+        settings.schedule.save(folder / SCHEDULE)
+        onnx_folder, exact = folder / "onnx", folder / "exact"
+        write_exact_graphs(exact, source, report)
+        # Weights twice in memory are enough: the reference goes before the graphs are loaded.
+        del source
+        gc.collect()
+        if request.precision == "fp32":
+            exact.rename(onnx_folder)
+        else:
+            writer = PrecisionWriter(
+                exact, folder / "scratch", manifest, settings.schedule, kept_layers
+            )
+            decided = writer.write(onnx_folder, report)
+            manifest = dataclasses.replace(manifest, calibration=decided)
+            shutil.rmtree(exact)
+        write_phases(onnx_folder, settings, report)
+        compare_with_reference(onnx_folder, manifest, settings, check, report)
+        if request.backend != "onnxruntime":
+            engines = compile_engines(folder, request, settings, report, progress)
+            manifest = dataclasses.replace(manifest, engines=engines)
+        report("taking checksums")
+        manifest = dataclasses.replace(manifest, files=describe_files(folder))
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return settings.out
+
+
+# ------------------------------------------------------------------------------- the graphs
+
+
+def write_exact_graphs(folder: Path, source: Source, report: Report) -> None:
+    """Writes the graphs in FP32."""
+    grid = source.model.config.grid
+    folder.mkdir()
+    report("exporting decode.onnx")
+    models = {"decode": export.export_decode(source.model)}
+    report("exporting detokenize.onnx and tokenize.onnx")
+    models["detokenize"] = export.export_detokenize(source.tokenizer, grid)
+    models["tokenize"] = export.export_tokenize(source.tokenizer, grid)
+    report("writing weights")
+    export.write_models(models, folder)
+
+
+def write_phases(folder: Path, settings: Settings, report: Report) -> None:
+    """Writes the static phases beside decode.onnx, and checks every ONNX file."""
+    report(f"writing {len(settings.phases)} static phases")
+    export.write_phases(folder, settings.phases, settings.phase_rows)
+    report("checking the ONNX files")
+    for path in sorted(folder.glob("*.onnx")):
+        export.check_model(path)
+
+
+def compile_engines(
+    folder: Path,
+    request: BuildRequest,
+    settings: Settings,
+    report: Report,
+    progress: Progress | None,
+) -> dict[str, dict[str, Any]]:
+    """Compiles every graph to `engines/`, with the builder's logs; returns what they became."""
+    options = engine_options(request)
+    engines: dict[str, dict[str, Any]] = {}
+    (folder / "engines").mkdir()
+    max_batch = request.max_batch or DEFAULT_MAX_BATCH
+    for graph in GRAPH_NAMES:
+        report(f"compiling {graph} for {request.backend}")
+        profiles = (
+            engine.decode_profiles(settings.phases, max_batch)
+            if graph == "decode"
+            else engine.tokenizer_profiles(max_batch)
+        )
+        log = engine_log(settings, graph)
+        compiled = engine.compile_graph(
+            folder / "onnx" / f"{graph}.onnx",
+            graph,
+            profiles,
+            options,
+            log,
+            progress or (lambda stage, step, steps: None),
+        )
+        shutil.move(log, folder / "engines" / f"{graph}.log")
+        (folder / "engines" / f"{graph}.engine").write_bytes(compiled.serialized)
+        for note in compiled.report.notes:
+            report(note)
+        engines[graph] = {
+            **dataclasses.asdict(compiled.report),
+            "weight_stripped": options.weight_stripped,
+            "tensors": {
+                name: f"[{', '.join(map(str, shape))}]"
+                for name, shape in export.load_shapes(folder / "onnx" / f"{graph}.onnx").items()
+                if not name.startswith(("past_", "present_"))
+            },
+            "optimization_profiles": [
+                {axis: dataclasses.astuple(ends) for axis, ends in profile.items()}
+                for profile in profiles
+            ],
+        }
+    return engines
+
+
+def engine_log(settings: Settings, graph: str) -> Path:
+    """Where the builder's log is written: outside the bundle, of which a failure leaves nothing."""
+    place = hashlib.sha256(str(settings.out.absolute()).encode()).hexdigest()[:8]
+    log = cache_folder() / "logs" / f"{settings.name}-{place}-{graph}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log
+
+
+class CheckStep(NamedTuple):
+    """One decode step, teacher-forced, as the reference computes it."""
+
+    token_ids: Tensor
+    """[2, C], of the first class and of no class."""
+    positions: Tensor
+    """[2, T]."""
+    logits: Tensor
+    """[2, Q, V]."""
+
+
+class Check(NamedTuple):
+    """What the written graphs are compared with."""
+
+    steps: list[CheckStep]
+    indices: Tensor
+    """[1, S] int64."""
+    image: Tensor
+    """[1, 3, height, width] of these indices."""
+
+
+@torch.inference_mode()
+def reference_check(source: Source, settings: Settings) -> Check:
+    """The reference's prefill, first decode step and one decoded image."""
+    model, tokenizer, cells = source.model, source.tokenizer, source.model.config.cells
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(tokenizer.config.codebook_size, (1, cells), generator=generator)
+    order = torch.from_numpy(settings.schedule.orders[0].astype(np.int64))
+    context = torch.cat([model.condition(torch.tensor([0]), 1), model.condition(None, 1)])
+    vocab_size = model.config.vocab_size
+    token_ids = torch.tensor([[vocab_size], [vocab_size + model.config.num_classes]])
+    sequence = torch.cat([torch.zeros(1, dtype=torch.int64), order + 1])
+    cache, steps = model.new_cache(), []
+    for phase in settings.phases[:2]:
+        rows = sequence[phase.write_index : phase.write_index + phase.tokens].repeat(2, 1)
+        logits = model.decode_step(context, rows, cache)
+        steps.append(CheckStep(token_ids, rows, logits))
+        token_ids = indices[:, : phase.queries].repeat(2, 1)
+        context = model.token_emb(token_ids)
+    return Check(steps, indices, tokenizer.decode(indices))
+
+
+def compare_with_reference(
+    folder: Path, manifest: Manifest, settings: Settings, check: Check, report: Report
+) -> None:
+    """Runs written graphs and raises UserError if they compute something else.
+
+    ONNX Runtime's CPU runs them, whatever backend they are for; where it cannot, this is said.
+    """
+    tolerance = CHECK_TOLERANCES.get(manifest.precision)
+    signed = manifest.precision == "int8" and manifest.backend != "onnxruntime"
+    if tolerance is None or signed:
+        report(
+            f"not compared with the reference: no CPU runs {manifest.precision} graphs like these"
+        )
+        return
+    report("comparing the graphs with the reference")
+    files = {graph: folder / f"{graph}.onnx" for graph in GRAPH_NAMES}
+    executor = OnnxRuntimeExecutor(files, getattr(torch, manifest.float_type))
+    pipeline = Pipeline(manifest, settings.schedule, executor)
+    steps = pipeline.bind_steps(images=1, guided=True)
+    for number, (step, expected) in enumerate(zip(steps, check.steps, strict=False)):
+        step.token_ids.copy_(expected.token_ids)
+        step.positions.copy_(expected.positions)
+        step.run()
+        check_close(f"the logits of step {number}", step.logits, expected.logits, tolerance)
+    image = torch.from_numpy(pipeline.detokenize(check.indices.numpy()))
+    check_close("the decoded image", image, check.image, tolerance)
+
+
+def check_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    # The norm, not the largest error: a single pixel at an edge of an image of random indices says
+    # little of INT8, and a graph that is wrong is wrong in many places.
+    error, norm = (actual - expected).norm().item(), expected.norm().item()
+    if not error <= tolerance * norm:
+        raise UserError(
+            f"the bundle was not written: {what} differ from the reference's by {error:.2g}, and "
+            f"{tolerance * norm:.2g} is allowed (L2 norm); please report this with your versions "
+            "of torch and onnxruntime"
+        )
+
+
+# ----------------------------------------------------------------------------- the manifest
+
+
+def describe(request: BuildRequest, source: Source, settings: Settings) -> Manifest:
+    """The manifest, all but the files."""
+    config, vq = source.model.config, source.tokenizer.config
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=settings.name,
+        model=ModelDescription(
+            dim=config.dim,
+            depth=config.depth,
+            heads=config.heads,
+            head_dim=config.head_dim,
+            mlp_dim=config.mlp_dim,
+            grid=config.grid,
+            num_classes=config.num_classes,
+            vocab_size=config.vocab_size,
+        ),
+        tokenizer=TokenizerDescription(
+            channels=vq.channels,
+            channel_multipliers=list(vq.channel_multipliers),
+            num_res_blocks=vq.num_res_blocks,
+            z_channels=vq.z_channels,
+            codebook_size=vq.codebook_size,
+            codebook_dim=vq.codebook_dim,
+            stride=vq.stride,
+        ),
+        resolution=source.resolution,
+        precision=request.precision,
+        float_type=FLOAT_TYPES[compute_precision(request.precision, request.backend)],
+        backend=request.backend,
+        backend_version=backend_version(request.backend),
+        target_compute_capabilities=list(request.compute_capability),
+        max_batch=request.max_batch
+        or (None if request.backend == "onnxruntime" else DEFAULT_MAX_BATCH),
+        phases=list(settings.phases),
+        phase_rows=settings.phase_rows,
+        cfg=settings.cfg,
+        guidance=request.guidance,
+        calibration={},
+        engines={},
+        class_names=settings.class_names,
+        made=describe_making(request, source),
+        files={},
+    )
+
+
+def backend_version(backend: str) -> str:
+    if backend == "onnxruntime":
+        return str(onnxruntime.__version__)
+    return str(engine.load_tensorrt(backend).__version__)
+
+
+def describe_making(request: BuildRequest, source: Source) -> dict[str, Any]:
+    """Where the weights came from and what the bundle was made with."""
+
+    def origin(name: str | None, file: Path | None) -> dict[str, str] | None:
+        return {"source": name or file.name, "sha256": sha256(file)} if file else None
+
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": origin(request.checkpoint, source.checkpoint),
+        "tokenizer": origin(request.tokenizer, source.tokenizer_file),
+        "random_weights_seed": request.seed if request.random_weights else None,
+        "versions": {
+            "lpd-export": lpd_export.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }

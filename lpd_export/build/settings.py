@@ -1,0 +1,297 @@
+"""What a build is made from: a request becomes models and settings.
+
+Knows what follows from what the user left out, and which requests contradict themselves, cannot
+be met here, or need more room than there is. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lpd_export.build import engine
+from lpd_export.build.published import (
+    NUM_CLASSES,
+    TOKENIZER,
+    VOCAB_SIZE,
+    PublishedSettings,
+    published_settings,
+)
+from lpd_export.build.request import ENGINE_FIELDS, BuildRequest
+from lpd_export.bundle import classes
+from lpd_export.errors import UserError
+from lpd_export.machine.doctor import can_build
+from lpd_export.machine.facts import read_memory
+from lpd_export.progress import Report
+from lpd_export.schedule.schedule import Phase, Schedule, phase_table
+from lpd_reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
+from lpd_reference.lpd import LPD, PUBLISHED_MODELS, LPDConfig
+from lpd_reference.vq import VQConfig, VQTokenizer
+
+DEFAULT_MODEL = "lpd-l"
+DEFAULT_RESOLUTION = 256
+DEFAULT_ORDERS = 64
+DEFAULT_CFG = 3.0
+"""Guidance recommended for a model without published settings, unless --cfg says otherwise."""
+EXTRA_MEMORY_FP32, EXTRA_MEMORY = 1.5, 3.5
+"""What a build takes besides the loaded model, in sizes of its weights: lpd-l, 256 px, measured."""
+
+
+class Source(NamedTuple):
+    """The two models and the files that they came from, if any."""
+
+    model: LPD
+    tokenizer: VQTokenizer
+    checkpoint: Path | None
+    tokenizer_file: Path | None
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of an image's side."""
+        return self.model.config.grid * self.tokenizer.config.stride
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the request says, or what follows where it is silent."""
+
+    name: str
+    schedule: Schedule
+    phases: tuple[Phase, ...]
+    cfg: float
+    class_names: classes.ClassNames
+    out: Path
+
+    @property
+    def phase_rows(self) -> int:
+        """Rows of the static phase graphs: one image, with its null row if there is guidance."""
+        return 1 if self.cfg == 1.0 else 2
+
+
+def check_request(request: BuildRequest) -> None:
+    """Raises UserError for what contradicts itself or cannot be built by this version."""
+    if request.backend == "onnxruntime":
+        refuse_engine_options(request)
+    else:
+        engine_options(request)
+    if request.keep_layers and request.precision != "int8":
+        raise UserError(
+            f"--keep-layers says which layers int8 spares: it needs --precision int8, not "
+            f"{request.precision}"
+        )
+    why_not = can_build(request.precision, request.backend)
+    if why_not:
+        raise UserError(f"cannot build {request.precision} for {request.backend} here: {why_not}")
+    if request.model is not None and request.model not in PUBLISHED_MODELS:
+        known = ", ".join(PUBLISHED_MODELS)
+        raise UserError(f"there is no model {request.model!r}: the published ones are {known}")
+    if request.heads is not None and not request.checkpoint:
+        raise UserError("--heads needs --checkpoint, the model that has them")
+    if request.random_weights and (request.checkpoint or request.tokenizer):
+        raise UserError("--random-weights goes with neither --checkpoint nor --tokenizer")
+    if request.tokenizer and not request.checkpoint:
+        raise UserError("--tokenizer needs --checkpoint, the model whose tokens it decodes")
+    for option, value in (
+        ("--res", request.res),
+        ("--steps", request.steps),
+        ("--heads", request.heads),
+        ("--orders", request.orders),
+        ("--max-batch", request.max_batch),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, but it is {value}")
+    if not 0 <= request.seed < 2**64:
+        raise UserError(f"--seed must be from 0 to 2^64 - 1, but it is {request.seed}")
+    if request.cfg is not None and not 0 <= request.cfg < float("inf"):
+        raise UserError(f"--cfg must be a number from 0 up, but it is {request.cfg}")
+    if not (request.random_weights or request.checkpoint or request.model or request.res):
+        raise UserError(
+            "say what to build: --res 256 (the published lpd-l), --checkpoint FILE --tokenizer "
+            "FILE, or a recipe such as engines/demo.toml"
+        )
+
+
+def refuse_engine_options(request: BuildRequest) -> None:
+    """Raises UserError for options of engines where none is built."""
+    for field in ENGINE_FIELDS:
+        if getattr(request, field):
+            raise UserError(
+                f"--{field.replace('_', '-')} is for engines: it needs --backend tensorrt or "
+                "tensorrt-rtx"
+            )
+
+
+def load(request: BuildRequest, report: Report) -> Source:
+    """The models of a request.
+
+    Raises:
+        UserError: if they cannot be read or do not belong together.
+    """
+    if request.random_weights:
+        return draw_random_weights(request, report)
+    checkpoint, tokenizer = request.checkpoint, request.tokenizer or TOKENIZER
+    if checkpoint is None:
+        checkpoint = published(request).checkpoint
+    try:
+        report(f"reading {tokenizer}")
+        tokenizer_file = locate(tokenizer)
+        vq = load_tokenizer(tokenizer_file)
+        report(f"reading {checkpoint}")
+        checkpoint_file = locate(checkpoint)
+        grid = grid_for(request.res, vq.config.stride) if request.res else None
+        model = load_lpd(checkpoint_file, grid=grid, heads=request.heads)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if model.config.vocab_size != vq.config.codebook_size:
+        raise UserError(
+            f"{checkpoint} and {tokenizer} do not belong together: the model's vocabulary has "
+            f"{model.config.vocab_size} tokens, the tokenizer's codebook "
+            f"{vq.config.codebook_size}"
+        )
+    if request.model and model_name(model.config) != request.model:
+        raise UserError(
+            f"{checkpoint} is not {request.model}: it has width {model.config.dim}, "
+            f"{model.config.depth} blocks and {model.config.heads} heads"
+        )
+    return Source(model, vq, checkpoint_file, tokenizer_file)
+
+
+def published(request: BuildRequest) -> PublishedSettings:
+    """The published model that a request without a checkpoint means."""
+    name, res = request.model or DEFAULT_MODEL, request.res or DEFAULT_RESOLUTION
+    settings = published_settings(name, res, request.steps)
+    if settings is None:
+        raise UserError(
+            f"{name} was not published at {res} px: give a --checkpoint, or --random-weights"
+        )
+    return settings
+
+
+def draw_random_weights(request: BuildRequest, report: Report) -> Source:
+    """A published architecture, its weights drawn from the seed."""
+    name = request.model or DEFAULT_MODEL
+    report(f"drawing random weights for {name}")
+    vq_config = VQConfig()
+    config = LPDConfig(
+        **PUBLISHED_MODELS[name],
+        grid=grid_for(request.res or DEFAULT_RESOLUTION, vq_config.stride),
+        num_classes=NUM_CLASSES,
+        vocab_size=VOCAB_SIZE,
+    )
+    models = LPD(config).initialize(request.seed), VQTokenizer(vq_config).initialize(request.seed)
+    for model in models:
+        model.requires_grad_(False).eval()
+    return Source(*models, checkpoint=None, tokenizer_file=None)
+
+
+def grid_for(resolution: int, stride: int) -> int:
+    """Cells of a side at a resolution."""
+    if resolution < stride or resolution % stride:
+        raise UserError(
+            f"--res {resolution} is not a multiple of the tokenizer's stride of {stride} pixels"
+        )
+    return resolution // stride
+
+
+def model_name(config: LPDConfig) -> str | None:
+    """The published name of an architecture, if it has one."""
+    shape = {"dim": config.dim, "depth": config.depth, "heads": config.heads}
+    return next((name for name, known in PUBLISHED_MODELS.items() if known == shape), None)
+
+
+def settle(request: BuildRequest, source: Source) -> Settings:
+    """All settings of a build.
+
+    Raises:
+        UserError: if a schedule or class names do not fit the model.
+    """
+    config, resolution = source.model.config, source.resolution
+    name = model_name(config)
+    known = published_settings(name, resolution, request.steps)
+    stem = name or (source.checkpoint.stem if source.checkpoint else "lpd")
+    full_name = f"{stem}-{resolution}-{request.precision}"
+    schedule = make_schedule(request, config.grid, known)
+    return Settings(
+        name=Path(request.out).name if request.out else full_name,
+        schedule=schedule,
+        phases=phase_table(schedule.group_sizes),
+        cfg=request.cfg if request.cfg is not None else known.cfg if known else DEFAULT_CFG,
+        class_names=find_class_names(request, source.checkpoint, config.num_classes),
+        out=Path(request.out or f"engines/{full_name}"),
+    )
+
+
+def make_schedule(request: BuildRequest, grid: int, known: PublishedSettings | None) -> Schedule:
+    """The schedule of the request's file, or a locality-aware one."""
+    if request.schedule:
+        for option, value in (("--orders", request.orders), ("--repulsion", request.repulsion)):
+            if value is not None:
+                raise UserError(f"{option} is for making a schedule, and --schedule gives one")
+        schedule = Schedule.load(request.schedule, steps=request.steps)
+        schedule.check_grid(grid)
+        return schedule
+    # 20 steps for a 16x16 grid and 48 for 32x32 are published; others lie on the line through.
+    usual_steps = known.steps if known else min(grid * grid, max(1, round(1.75 * grid) - 8))
+    usual_repulsion = known.repulsion if known else max(1, grid // 8)
+    return Schedule.make(
+        grid,
+        steps=usual_steps if request.steps is None else request.steps,
+        repulsion=usual_repulsion if request.repulsion is None else request.repulsion,
+        count=request.orders or DEFAULT_ORDERS,
+        seed=request.seed,
+    )
+
+
+def find_class_names(
+    request: BuildRequest, checkpoint: Path | None, num_classes: int
+) -> classes.ClassNames:
+    """Class names from the request's file, the checkpoint's folder, or ImageNet."""
+    if request.classes:
+        return classes.read_names(Path(request.classes), num_classes)
+    beside = checkpoint.with_name("classes.json") if checkpoint else None
+    if beside is not None and beside.is_file():
+        return classes.read_names(beside, num_classes)
+    return classes.imagenet_names() if num_classes == classes.IMAGENET_CLASSES else []
+
+
+def check_room(request: BuildRequest, out: Path, source: Source) -> None:
+    """Raises UserError unless the build will fit in memory and on the disk."""
+    weights = sum(
+        weight.nbytes for model in (source.model, source.tokenizer) for weight in model.parameters()
+    )
+    plain = request.precision == "fp32" and request.backend == "onnxruntime"
+    memory = int((EXTRA_MEMORY_FP32 if plain else EXTRA_MEMORY) * weights)
+    free_memory = read_memory().free
+    if free_memory is not None and free_memory < memory:
+        raise UserError(
+            f"this build needs about {memory / 1e9:.1f} GB more memory and {free_memory / 1e9:.1f} "
+            "GB are free: end other programs, or use a larger machine"
+        )
+    needed = (1.1 if plain else 3.2) * weights
+    folder = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the build needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB "
+            "free: make room, or choose another --out"
+        )
+
+
+def engine_options(request: BuildRequest) -> engine.EngineOptions:
+    """The engine options of a request.
+
+    Raises:
+        UserError: for an option that the backend has not.
+    """
+    return engine.EngineOptions(
+        backend=request.backend,
+        workspace_mib=request.workspace,
+        optimization_level=request.optimization_level,
+        timing_cache=Path(request.timing_cache) if request.timing_cache else None,
+        version_compatible=request.version_compatible,
+        hardware_compatible=request.hardware_compatible,
+        compute_capabilities=tuple(request.compute_capability),
+        weight_stripped=request.weight_stripped,
+    )

@@ -1,0 +1,253 @@
+"""Writes the modules of `graphs` as ONNX files that share one file of weights.
+
+Knows ONNX: opset, names, dynamic axes, external data, and how a dynamic graph becomes a static
+one. Does not know what the graphs compute, nor any backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript.onnx_opset import opset24
+from torch import nn
+from torch.export import Dim
+
+from lpd_export.graphs.modules import Decode, Detokenize, Tokenize
+from lpd_export.schedule.schedule import Phase
+from lpd_reference.lpd import LPD
+from lpd_reference.vq import VQTokenizer
+
+OPSET = 24
+WEIGHTS_FILE = "weights.data"
+EMBEDDED_BYTES = 256
+"""Initializers up to this size stay in the ONNX file, where shape inference can read them."""
+ALIGNMENT = 4096
+"""Of each tensor in the weights file, so that it can be mapped page by page."""
+
+
+def _tensor_scatter_to_onnx(cache: Any, update: Any, write_index: Any) -> Any:
+    return opset24.TensorScatter(cache, update, write_index, axis=2, mode="linear")
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.lpd_export.tensor_scatter.default: _tensor_scatter_to_onnx
+}
+
+
+def cache_names(prefix: str, depth: int) -> list[str]:
+    """Names of the caches in the graph's order: every layer's keys, then every layer's values."""
+    return [f"{prefix}_{kind}_{i}" for kind in ("key", "value") for i in range(depth)]
+
+
+def export_decode(model: LPD) -> ir.Model:
+    """`decode.onnx`: the transformer of all phases (see `graphs.Decode`)."""
+    config = model.config
+    # Small, but distinct from one another and from 1: the exporter would take those for constants.
+    rows, context, tokens = 2, 3, 5
+    shape = (rows, config.heads, config.cells + 1, config.head_dim)
+    caches = [torch.zeros(shape) for _ in range(2 * config.depth)]
+    args = (
+        torch.zeros(rows, context, dtype=torch.int64),
+        torch.zeros(rows, tokens, dtype=torch.int64),
+        torch.zeros(tokens, config.cells + 1),
+        torch.zeros(rows, dtype=torch.int64),
+        caches[: config.depth],
+        caches[config.depth :],
+    )
+    row, column, token = Dim("rows"), Dim("context_tokens"), Dim("tokens")
+    cache_axes = [{0: row}] * config.depth
+    return _export(
+        Decode(model),
+        args,
+        dynamic_shapes=(
+            {0: row, 1: column},
+            {0: row, 1: token},
+            {0: token},
+            {0: row},
+            cache_axes,
+            cache_axes,
+        ),
+        input_names=[
+            "token_ids",
+            "positions",
+            "attention_mask",
+            "write_index",
+            *cache_names("past", config.depth),
+        ],
+        output_names=["logits", *cache_names("present", config.depth)],
+    )
+
+
+def export_detokenize(tokenizer: VQTokenizer, grid: int) -> ir.Model:
+    """`detokenize.onnx`: indices [B, S] int64 to image [B, 3, height, width]."""
+    indices = torch.zeros(2, grid * grid, dtype=torch.int64)
+    return _export(
+        Detokenize(tokenizer, grid), (indices,), ({0: Dim("batch")},), ["indices"], ["image"]
+    )
+
+
+def export_tokenize(tokenizer: VQTokenizer, grid: int) -> ir.Model:
+    """`tokenize.onnx`: image [B, 3, height, width] in [-1, 1] to indices [B, S] int64."""
+    side = grid * tokenizer.config.stride
+    image = torch.zeros(2, 3, side, side)
+    return _export(Tokenize(tokenizer), (image,), ({0: Dim("batch")},), ["image"], ["indices"])
+
+
+def _export(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> ir.Model:
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            module.eval(),
+            args,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic_shapes,
+            input_names=input_names,
+            output_names=output_names,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    _name_by_module(model.graph)
+    # Traces of where each node came from, with this machine's paths in them.
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.graph.name = type(module).__name__.lower()
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keeps the exporter's remarks about its own internals off the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_by_module(graph: ir.Graph) -> None:
+    """Names nodes and inner values after the module they come from: `blocks.3.fc1/MatMul`."""
+    fixed = {value.name for value in (*graph.inputs, *graph.outputs)}
+    used: Counter[str] = Counter()
+    scope = ""
+    for node in graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        if scopes:
+            # The innermost module; the last entry is the operation itself.
+            scope = max(scopes.strip("[]").replace("'", "").split(", ")[:-1], key=len, default="")
+            scope = "" if scope.startswith("_") else scope
+        name = f"{scope}/{node.op_type}" if scope else node.op_type
+        used[name] += 1
+        node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+        for i, value in enumerate(node.outputs):
+            if value.name not in fixed:
+                value.name = f"{node.name}:{i}" if len(node.outputs) > 1 else node.name
+
+
+def write_models(models: Mapping[str, ir.Model], folder: Path) -> None:
+    """Writes `NAME.onnx` for each model, and their weights once in one file beside them.
+
+    Tensors of equal content are stored once, whichever models they are in.
+    """
+    with open(folder / WEIGHTS_FILE, "wb") as file:
+        offsets: dict[bytes, int] = {}
+        for model in models.values():
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                assert tensor is not None
+                if tensor.nbytes <= EMBEDDED_BYTES:
+                    continue
+                # As bytes: NumPy has no buffers of bfloat16.
+                content = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+                digest = hashlib.sha256(content.data).digest()
+                if digest not in offsets:
+                    file.seek(-file.tell() % ALIGNMENT, io.SEEK_CUR)
+                    offsets[digest] = file.tell()
+                    content.tofile(file)
+                value.const_value = ir.ExternalTensor(
+                    WEIGHTS_FILE,
+                    offsets[digest],
+                    tensor.nbytes,
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=value.name or "",
+                    base_dir=folder,
+                )
+    for name, model in models.items():
+        ir.save(model, folder / f"{name}.onnx")
+
+
+def write_phases(folder: Path, phases: Sequence[Phase], rows: int) -> list[Path]:
+    """Writes `phase_00.onnx` and so on: decode.onnx at the static shapes of each phase.
+
+    All of them use the weights of decode.onnx, in the same folder. `rows` is R: two an image with
+    guidance. Each can be opened, compiled or run without a shape flag.
+    """
+    paths = []
+    for phase in phases:
+        model = ir.load(folder / "decode.onnx")
+        sizes = {"rows": rows, "context_tokens": phase.context, "tokens": phase.tokens}
+        make_static(model, sizes)
+        model.graph.name = phase.name
+        paths.append(folder / f"{phase.name}.onnx")
+        ir.save(model, paths[-1])
+    return paths
+
+
+def make_static(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Gives the dynamic axes of a model's inputs their sizes, and folds all that follows."""
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        value.shape = ir.Shape(
+            [
+                sizes[str(axis.value)] if isinstance(axis, ir.SymbolicDim) else axis
+                for axis in value.shape
+            ]
+        )
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    # Folds shapes alone: a folded Expand of `mask_token` would be another copy of a weight.
+    onnxscript.optimizer.optimize(model, output_size_limit=EMBEDDED_BYTES // 8)
+
+
+def check_model(path: Path) -> None:
+    """Runs ONNX's checker with full shape inference over a written model and its weights.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: if it is not valid.
+    """
+    onnx.checker.check_model(path, full_check=True)
+
+
+def load_shapes(path: Path) -> dict[str, list[int | str]]:
+    """Shapes of a model's inputs and outputs by name, symbolic axes as text."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }

@@ -1,0 +1,178 @@
+"""The deployed phases as PyTorch modules over the reference's weights, ready for ONNX export.
+
+Each module has the inputs and outputs of its graph and nothing else. One transformer graph serves
+the prefill and every decode phase: conditions are vocabulary entries after the image tokens, and
+keys and values are written into a cache that is handed in and out. Guidance, sampling and the
+schedule are not here; nor is ONNX.
+
+Shapes: R rows (an image has one, or two with guidance), C context tokens, Q position queries,
+T = C + Q, S grid cells, V image tokens, H heads, d head width, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lpd_reference.lpd import LPD, Block
+from lpd_reference.vq import VQTokenizer
+
+
+@torch.library.custom_op("lpd_export::tensor_scatter", mutates_args=())
+def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+    """`cache` [R, H, N, d] with rows write_index[r] to write_index[r] + T replaced.
+
+    The ONNX operator TensorScatter (opset 24) with axis 2, mode linear: update is [R, H, T, d],
+    write_index [R] int64.
+    """
+    rows = write_index[:, None] + torch.arange(update.shape[2], device=update.device)
+    index = rows[:, None, :, None].expand_as(update)
+    return cache.scatter(2, index, update)
+
+
+@tensor_scatter.register_fake
+def _(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+class Projection(nn.Module):
+    """A linear layer as MatMul and Add, its weight stored [in, out] as MatMul reads it.
+
+    `nn.Linear` would leave a Transpose of every weight in the file, to be undone by each backend.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Projection:
+        """The projection of a whole linear layer."""
+        return cls(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class DecodeBlock(nn.Module):
+    """A transformer block over a fixed cache."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(block, Block)
+        self.heads = block.attn.heads
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        # Three products, which TensorRT merges: of one and a split it would make FP16 from INT8.
+        weights, biases = (part.chunk(3) for part in (block.attn.qkv.weight, block.attn.qkv.bias))
+        self.query, self.key, self.value = map(Projection, weights, biases)
+        self.proj = Projection.of(block.attn.proj)
+        self.fc1 = Projection.of(block.mlp.fc1)
+        self.fc2 = Projection.of(block.mlp.fc2)
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """[R, H, T, d] of [R, T, D]."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, write_index: Tensor, past_key: Tensor, past_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        normed = self.norm1(x)
+        key, value = self.heads_of(self.key(normed)), self.heads_of(self.value(normed))
+        present_key = tensor_scatter(past_key, key, write_index)
+        present_value = tensor_scatter(past_value, value, write_index)
+        query = self.heads_of(self.query(normed))
+        mixed = F.scaled_dot_product_attention(query, present_key, present_value, attn_mask=mask)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x, present_key, present_value
+
+
+class Decode(nn.Module):
+    """Prefill and decode: one step of every phase (paper section 3.2).
+
+    The embedding table is [V + classes + 1, D]: image tokens, then classes, then the null
+    condition, so that a condition is a token id like any other.
+    """
+
+    def __init__(self, model: LPD) -> None:
+        super().__init__()
+        self.config = model.config
+        self.embedding = nn.Parameter(
+            torch.cat([model.token_emb.weight, model.class_emb.weight, model.fake_latent]),
+            requires_grad=False,
+        )
+        self.mask_token = model.mask_token
+        self.pos_embed = nn.Parameter(model.pos_embed[0], requires_grad=False)
+        self.z_proj_ln = model.z_proj_ln
+        self.blocks = nn.ModuleList(map(DecodeBlock, model.blocks))
+        self.norm = model.norm
+        self.head = Projection.of(model.head)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention_mask: Tensor,
+        write_index: Tensor,
+        past_keys: list[Tensor],
+        past_values: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits of the queries, and the caches with this step's rows written.
+
+        Args:
+            token_ids: [R, C] int64, below V + classes + 1.
+            positions: [R, T] int64, context then queries; 0 is the condition, i + 1 is cell i.
+            attention_mask: [T, S + 1], 0 or a large negative number.
+            write_index: [R] int64, the first cache row written.
+            past_keys, past_values: a layer each, [R, H, S + 1, d].
+
+        Returns:
+            logits [R, Q, V], and present keys and values shaped as the past ones.
+        """
+        context = F.embedding(token_ids, self.embedding)
+        tokens, context_tokens = positions.shape[1], token_ids.shape[1]
+        queries = self.mask_token.expand(positions.shape[0], tokens - context_tokens, -1)
+        x = torch.cat([context, queries], dim=1) + F.embedding(positions, self.pos_embed)
+        x = self.z_proj_ln(x)
+        keys, values = [], []
+        for block, past_key, past_value in zip(self.blocks, past_keys, past_values, strict=True):
+            x, key, value = block(x, attention_mask, write_index, past_key, past_value)
+            keys.append(key)
+            values.append(value)
+        return self.head(self.norm(x[:, context_tokens:])), keys, values
+
+
+class Detokenize(nn.Module):
+    """Token indices [B, S] int64 to an image [B, 3, height, width] in [-1, 1] up to overshoot."""
+
+    def __init__(self, tokenizer: VQTokenizer, grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.codebook = nn.Parameter(tokenizer.quantize.codebook(), requires_grad=False)
+        self.post_quant_conv = tokenizer.post_quant_conv
+        self.decoder = tokenizer.decoder
+
+    def forward(self, indices: Tensor) -> Tensor:
+        latent = (
+            F.embedding(indices, self.codebook).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        )
+        return self.decoder(self.post_quant_conv(latent))
+
+
+class Tokenize(nn.Module):
+    """An image [B, 3, height, width] in [-1, 1] to token indices [B, S] int64."""
+
+    def __init__(self, tokenizer: VQTokenizer) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(tokenizer.quantize.codebook(), requires_grad=False)
+        self.quant_conv = tokenizer.quant_conv
+        self.encoder = tokenizer.encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        latent = self.quant_conv(self.encoder(image)).flatten(2).transpose(1, 2)
+        # The row of greatest cosine: a latent's own length scales all of its products alike.
+        similarity = F.linear(latent.flatten(0, 1), self.codebook)
+        return similarity.argmax(dim=-1).view(latent.shape[:2])

@@ -1,0 +1,1 @@
+"""From FP32 graphs to those of a precision: measured, decided, written."""

@@ -1,0 +1,287 @@
+"""What happens inside the graphs while the model does its own work.
+
+A graph is given one more output, a vector of measurements; a `Recorder` around the executor binds
+it and combines what it gets over all runs. The generator then runs as always, so that what is
+measured is real decode phases, both guidance rows, several classes, and images that the model
+made. Knows how to measure; what follows from it is decided in `casting` and `sensitivity`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
+from lpd_export.graphs import export
+from lpd_export.precision.quantization import CLIPPING, Layer, quantizable_layers, simulate_layer
+from lpd_export.runtime.executor import Executor, Run
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+from lpd_export.runtime.pipeline import Pipeline
+from lpd_export.schedule.schedule import Schedule
+
+MEASUREMENTS = "measurements"
+FEWEST_IMAGES, MOST_IMAGES = 4, 16
+"""Generated in each measuring pass; the fewest are enough from FULL_RESOLUTION on."""
+FULL_RESOLUTION = 256
+BATCH = 2
+SEED = 2**63
+"""Of these images: far from the seeds that users choose."""
+
+Measured = dict[str, dict[str, float]]
+"""A number for each name, for each graph."""
+
+
+class Recorder:
+    """An executor that also combines the measurements of all runs.
+
+    Args:
+        executor: of graphs with the output MEASUREMENTS.
+        names: of the entries, for each graph.
+        combine: torch.maximum or torch.add; both hand on NaN, so that it is never forgotten.
+    """
+
+    records = False
+
+    def __init__(
+        self,
+        executor: Executor,
+        names: Mapping[str, Sequence[str]],
+        combine: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self._executor = executor
+        self._names = names
+        self._combine = combine
+        self._values = {graph: torch.zeros(len(entries)) for graph, entries in names.items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self._executor.device
+
+    @property
+    def float_type(self) -> torch.dtype:
+        return self._executor.float_type
+
+    def stream(self) -> AbstractContextManager[None]:
+        return self._executor.stream()
+
+    def record(self, work: Run) -> Run:
+        return work
+
+    def load(self, graph: str) -> object:
+        return self._executor.load(graph)
+
+    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+        now = torch.zeros_like(self._values[graph], device=self.device)
+        run = self._executor.bind(graph, {**tensors, MEASUREMENTS: now})
+        return partial(self._run, graph, run, now)
+
+    def _run(self, graph: str, run: Run, now: Tensor) -> None:
+        run()
+        self._values[graph] = self._combine(self._values[graph], now.cpu())
+
+    def measured(self) -> Measured:
+        """Everything so far."""
+        return {
+            graph: dict(zip(names, self._values[graph].tolist(), strict=True))
+            for graph, names in self._names.items()
+        }
+
+
+def add_measurements(model: ir.Model, scalars: Mapping[str, ir.Value]) -> list[str]:
+    """Gathers float scalars of a graph as its output MEASUREMENTS [n]; returns their names."""
+    graph = model.graph
+    axis = ir.Value(name="measurements/axis", const_value=ir.tensor([0], name="measurements/axis"))
+    graph.register_initializer(axis)
+    entries = [ir.node("Unsqueeze", [scalar, axis]) for scalar in scalars.values()]
+    together = ir.node("Concat", [entry.outputs[0] for entry in entries], {"axis": 0})
+    graph.extend([*entries, together])
+    result = together.outputs[0]
+    result.name, result.dtype = MEASUREMENTS, ir.DataType.FLOAT
+    result.shape = ir.Shape([len(scalars)])
+    graph.outputs.append(result)
+    return list(scalars)
+
+
+def largest_magnitudes(model: ir.Model) -> dict[str, ir.Value]:
+    """For each float value that a node computes, nodes for its largest magnitude.
+
+    Inputs are not among them: caches come back as outputs, and a mask is as large as its type
+    allows.
+    """
+    graph, scalars = model.graph, {}
+    values = [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
+    for value in values:
+        magnitude = ir.node("Abs", [value])
+        largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
+        graph.extend([magnitude, largest])
+        scalars[str(value.name)] = largest.outputs[0]
+    return scalars
+
+
+def sum_of_squares(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    reduced = ir.node("ReduceSumSquare", [value], {"keepdims": 0})
+    graph.append(reduced)
+    return reduced.outputs[0]
+
+
+def difference(graph: ir.Graph, first: ir.Value, second: ir.Value) -> ir.Value:
+    node = ir.node("Sub", [first, second])
+    graph.append(node)
+    return node.outputs[0]
+
+
+def spread_labels(num_classes: int, count: int) -> list[int]:
+    """Class ids as far apart as possible, repeated if there are too few."""
+    spread = np.linspace(0, num_classes - 1, min(count, num_classes)).round().astype(int)
+    return [int(label) for label in np.resize(spread, count)]
+
+
+def calibration_images(resolution: int) -> int:
+    """How many images are generated in each measuring pass, of as many classes.
+
+    Small images hold few activations each and cost little: there are as many more of them as make
+    up for the pixels, up to MOST_IMAGES.
+    """
+    pixels = (FULL_RESOLUTION / resolution) ** 2
+    return int(min(MOST_IMAGES, max(FEWEST_IMAGES, FEWEST_IMAGES * pixels)))
+
+
+@dataclass(frozen=True)
+class LayerMeasurement:
+    """What quantizing one layer would do."""
+
+    activation_range: float
+    """Where the activation is cut off: the choice of least squared error."""
+    noise: float
+    """Squared error of the layer's output over its squared magnitude, with weight and activation
+    quantized."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything that was measured of a model."""
+
+    ranges: Measured
+    """The largest magnitude of each value, for each graph."""
+    layers: dict[str, dict[str, LayerMeasurement]] = field(default_factory=dict)
+    """For each graph, for each layer's node; only measured for INT8."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        values = json.loads(text)
+        layers = {
+            graph: {node: LayerMeasurement(**entry) for node, entry in entries.items()}
+            for graph, entries in values["layers"].items()
+        }
+        return cls(values["ranges"], layers)
+
+
+class Calibrator:
+    """Measures FP32 graphs at work.
+
+    Args:
+        graphs: a folder with the FP32 ONNX files.
+        scratch: a folder for instrumented copies, which take as much disk again.
+        manifest, schedule: of the bundle in the making.
+    """
+
+    def __init__(self, graphs: Path, scratch: Path, manifest: Manifest, schedule: Schedule) -> None:
+        self._graphs = graphs
+        self._scratch = scratch
+        # These graphs take any batch, whatever engines are to take.
+        self._manifest = dataclasses.replace(manifest, max_batch=None)
+        self._schedule = schedule
+        self._labels = spread_labels(
+            manifest.model.num_classes, calibration_images(manifest.resolution)
+        )
+
+    def ranges(self) -> Measured:
+        """The largest magnitude of every value."""
+        return self._measure(lambda graph, model: largest_magnitudes(model), torch.maximum)
+
+    def layers(self, ranges: Measured) -> dict[str, dict[str, LayerMeasurement]]:
+        """Activation ranges and noise of every layer that could be quantized."""
+        tried = self._measure(partial(self._clipping_errors, ranges=ranges), torch.add)
+        chosen: Measured = {}
+        for graph, errors in tried.items():
+            best: dict[str, tuple[float, float]] = {}
+            for name, error in errors.items():
+                node, clipping = name.rsplit("@", 1)
+                best[node] = min(best.get(node, (float("inf"), 1.0)), (error, float(clipping)))
+            activations = {layer.node: layer.activation for layer in self._layers(graph)}
+            chosen[graph] = {
+                node: clipping * ranges[graph].get(activations[node], 1.0)
+                for node, (_, clipping) in best.items()
+            }
+        noise = self._measure(partial(self._noise, ranges=chosen), torch.add)
+        return {
+            graph: {
+                node: LayerMeasurement(
+                    activation_range=activation_range,
+                    noise=noise[graph][f"{node}@error"] / (noise[graph][f"{node}@signal"] or 1.0),
+                )
+                for node, activation_range in entries.items()
+            }
+            for graph, entries in chosen.items()
+        }
+
+    def _layers(self, graph: str) -> list[Layer]:
+        return quantizable_layers(ir.load(self._graphs / f"{graph}.onnx"))
+
+    @staticmethod
+    def _clipping_errors(graph: str, model: ir.Model, ranges: Measured) -> dict[str, ir.Value]:
+        """Squared error of each layer's activation, for each place to cut it off."""
+        scalars = {}
+        for layer in quantizable_layers(model):
+            largest = ranges[graph].get(layer.activation, 1.0)
+            for clipping in CLIPPING:
+                rounded, exact = simulate_layer(model, layer, clipping * largest, weight=False)
+                error = difference(model.graph, rounded, exact)
+                scalars[f"{layer.node}@{clipping}"] = sum_of_squares(model.graph, error)
+        return scalars
+
+    @staticmethod
+    def _noise(graph: str, model: ir.Model, ranges: Measured) -> dict[str, ir.Value]:
+        """Squared error and squared magnitude of each layer's output."""
+        scalars = {}
+        for layer in quantizable_layers(model):
+            rounded, exact = simulate_layer(model, layer, ranges[graph][layer.node], weight=True)
+            error = difference(model.graph, rounded, exact)
+            scalars[f"{layer.node}@error"] = sum_of_squares(model.graph, error)
+            scalars[f"{layer.node}@signal"] = sum_of_squares(model.graph, exact)
+        return scalars
+
+    def _measure(
+        self,
+        instrument: Callable[[str, ir.Model], dict[str, ir.Value]],
+        combine: Callable[[Tensor, Tensor], Tensor],
+    ) -> Measured:
+        """Generates, decodes and encodes images with instrumented graphs."""
+        models, names = {}, {}
+        for graph in GRAPH_NAMES:
+            models[graph] = ir.load(self._graphs / f"{graph}.onnx")
+            names[graph] = add_measurements(models[graph], instrument(graph, models[graph]))
+        export.write_models(models, self._scratch)
+        files = {graph: self._scratch / f"{graph}.onnx" for graph in models}
+        recorder = Recorder(OnnxRuntimeExecutor(files), names, combine)
+        pipeline = Pipeline(self._manifest, self._schedule, recorder)
+        images = pipeline.generate(self._labels, seed=SEED, batch=BATCH)
+        for image in images:
+            pixels = pipeline.detokenize(image.token_ids[None])
+            pipeline.tokenize(np.clip(pixels, -1, 1))
+        for file in self._scratch.iterdir():
+            file.unlink()
+        return recorder.measured()

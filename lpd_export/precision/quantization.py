@@ -1,0 +1,216 @@
+"""INT8 as explicit QuantizeLinear and DequantizeLinear pairs around matrix products.
+
+Knows how a layer is quantized: symmetric, weights per output channel, activations per tensor.
+Which layers, and with which activation ranges, is decided elsewhere and handed in. Biases,
+normalizations, attention and everything between stay in the graph's float type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lpd_export.precision.casting import NUMPY_TYPES
+
+LEVELS = 127
+"""Largest level of a symmetric 8-bit integer."""
+CLIPPING = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Shares of the largest magnitude at which cutting off an activation is tried."""
+OUTPUT_AXIS = {"MatMul": 1, "Conv": 0}
+"""The axis of output channels in the weight of each operator that is quantized."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A matrix product or convolution with a constant weight."""
+
+    node: str
+    operator: str
+    activation: str
+    """Name of the value that is multiplied with the weight."""
+    weight: str
+
+
+def quantizable_layers(model: ir.Model) -> list[Layer]:
+    """All layers of a graph that could be quantized, in the graph's order."""
+    return [
+        Layer(node.name or "", node.op_type, node.inputs[0].name or "", node.inputs[1].name or "")
+        for node in model.graph
+        if node.op_type in OUTPUT_AXIS
+        and node.inputs[0] is not None
+        and node.inputs[1] is not None
+        and node.inputs[1].name in model.graph.initializers
+    ]
+
+
+def step_of(activation_range: float) -> float:
+    """The distance of two levels; any will do for an activation that was always 0."""
+    return (activation_range or 1.0) / LEVELS
+
+
+def simulate_layer(
+    model: ir.Model, layer: Layer, activation_range: float, weight: bool
+) -> tuple[ir.Value, ir.Value]:
+    """Adds nodes for what quantizing a layer gives, beside the graph, which stays as it is.
+
+    Returns the quantized value and the exact one: of the layer's output if `weight`, else of its
+    activation alone.
+    """
+    graph = model.graph
+    node = next(node for node in graph if node.name == layer.node)
+    activation, exact_weight = node.inputs[0], node.inputs[1]
+    assert activation is not None
+    assert exact_weight is not None
+    assert exact_weight.dtype is not None
+    step = step_of(activation_range)
+    levels_of_activation = _quantized(graph, node, activation, step, False, exact_weight.dtype)
+    rounded = _dequantized(graph, node, levels_of_activation)
+    if not weight:
+        return rounded, activation
+    levels = _dequantized_weight(graph, node, exact_weight, layer.operator)
+    again = ir.node(node.op_type, [rounded, levels, *node.inputs[2:]], dict(node.attributes))
+    graph.insert_after(node, again)
+    return again.outputs[0], node.outputs[0]
+
+
+def quantize_weight(
+    weight: NDArray[np.floating], axis: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Levels [like weight] and one scale for each channel along `axis`, by largest magnitude."""
+    weight = weight.astype(np.float32)
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    largest = np.abs(weight).max(axis=others, keepdims=True)
+    scale = (np.where(largest > 0, largest, 1) / LEVELS).astype(np.float32)
+    levels = np.clip(np.rint(weight / scale), -LEVELS, LEVELS).astype(np.int8)
+    return levels, scale.reshape(-1)
+
+
+def quantize(
+    model: ir.Model,
+    layers: Mapping[str, float],
+    unsigned: bool = False,
+) -> None:
+    """Puts Q/DQ pairs around the weights and activations of layers, in place.
+
+    Args:
+        model: a graph in any float type, which the DequantizeLinears give back.
+        layers: the largest magnitude of a layer's activation, by the layer's node name.
+        unsigned: let activations be uint8 around 128, which ONNX Runtime's CPU kernels want;
+            TensorRT takes int8 alone. The levels are the same.
+    """
+    graph = model.graph
+    quantized: dict[tuple[str, float, bool], Levels] = {}
+    for layer in quantizable_layers(model):
+        if layer.node not in layers:
+            continue
+        node = next(node for node in graph if node.name == layer.node)
+        activation, weight = node.inputs[0], node.inputs[1]
+        assert activation is not None
+        assert weight is not None
+        float_type = weight.dtype
+        assert float_type is not None
+        scale = step_of(layers[layer.node])
+        key = (layer.activation, scale, unsigned)
+        if key not in quantized:
+            quantized[key] = _quantized(graph, node, activation, scale, unsigned, float_type)
+        node.replace_input_with(0, _dequantized(graph, node, quantized[key]))
+        node.replace_input_with(1, _dequantized_weight(graph, node, weight, layer.operator))
+        if not weight.uses():
+            del graph.initializers[layer.weight]
+
+
+class Levels(NamedTuple):
+    """A value as integers, with what turns them back."""
+
+    value: ir.Value
+    step: ir.Value
+    zero: ir.Value
+    scale: float
+
+
+def _quantized(
+    graph: ir.Graph,
+    before: ir.Node,
+    activation: ir.Value,
+    scale: float,
+    unsigned: bool,
+    float_type: ir.DataType,
+) -> Levels:
+    """An activation as its nearest levels."""
+    # The step is part of the name: one activation may be tried with several.
+    stem = f"{before.name}/activation/{scale:.6g}"
+    step = _constant(graph, f"{stem}_scale", _as_type(np.float32(scale), float_type), float_type)
+    level_type = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
+    middle = np.uint8(128) if unsigned else np.int8(0)
+    zero = _constant(graph, f"{stem}_zero_point", np.asarray(middle), level_type)
+    levels = ir.node("QuantizeLinear", [activation, step, zero], name=f"{stem}/QuantizeLinear")
+    levels.outputs[0].dtype, levels.outputs[0].shape = level_type, activation.shape
+    levels.outputs[0].name = levels.name
+    graph.insert_before(before, levels)
+    return Levels(levels.outputs[0], step, zero, scale)
+
+
+def _dequantized(graph: ir.Graph, before: ir.Node, levels: Levels) -> ir.Value:
+    """Levels back in the float type, for one layer alone.
+
+    ONNX Runtime makes an integer product only of a layer whose DequantizeLinear is its own.
+    """
+    back = ir.node(
+        "DequantizeLinear",
+        [levels.value, levels.step, levels.zero],
+        name=f"{before.name}/activation/{levels.scale:.6g}/DequantizeLinear",
+    )
+    back.outputs[0].name = back.name
+    back.outputs[0].type = levels.step.type
+    back.outputs[0].shape = levels.value.shape
+    graph.insert_before(before, back)
+    return back.outputs[0]
+
+
+def _dequantized_weight(
+    graph: ir.Graph, before: ir.Node, weight: ir.Value, operator: str
+) -> ir.Value:
+    """A weight stored as levels and scales, back in its float type."""
+    assert weight.const_value is not None
+    assert weight.dtype is not None
+    axis = OUTPUT_AXIS[operator]
+    levels, scales = quantize_weight(weight.const_value.numpy(), axis)
+    stored = _constant(graph, f"{weight.name}/levels", levels, ir.DataType.INT8)
+    steps = _constant(graph, f"{weight.name}/scales", _as_type(scales, weight.dtype), weight.dtype)
+    zero = _constant(
+        graph, f"{weight.name}/zero_points", np.zeros(len(scales), np.int8), ir.DataType.INT8
+    )
+    back = ir.node(
+        "DequantizeLinear",
+        [stored, steps, zero],
+        {"axis": axis},
+        name=f"{before.name}/weight/DequantizeLinear",
+    )
+    back.outputs[0].name = back.name
+    back.outputs[0].dtype, back.outputs[0].shape = weight.dtype, weight.shape
+    graph.insert_before(before, back)
+    return back.outputs[0]
+
+
+def _as_type(values: NDArray[np.float32] | np.float32, float_type: ir.DataType) -> NDArray[Any]:
+    return np.asarray(values).astype(NUMPY_TYPES.get(float_type, np.float32))
+
+
+def _constant(
+    graph: ir.Graph,
+    name: str,
+    content: NDArray[Any],
+    dtype: ir.DataType,
+) -> ir.Value:
+    """An initializer, made once a name."""
+    if name not in graph.initializers:
+        tensor = ir.Tensor(content, dtype=dtype, name=name)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(dtype))
+        value.shape = ir.Shape(content.shape)
+        graph.register_initializer(value)
+    return graph.initializers[name]

@@ -1,0 +1,182 @@
+"""Decides which layers INT8 leaves in higher precision, by what quantizing them does.
+
+Layers are ranked by the noise that quantization adds to their own output, as measured on the
+model's own work. Then graphs are quantized and run: the noisiest layers are kept back, a larger
+share each time, until the whole graph is as close to FP32 as it should be. How a layer is
+quantized is in `quantization`, how noise is measured in `calibration`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from lpd_export.bundle.manifest import Manifest
+from lpd_export.errors import UserError
+from lpd_export.graphs import export
+from lpd_export.precision.calibration import (
+    SEED,
+    LayerMeasurement,
+    calibration_images,
+    spread_labels,
+)
+from lpd_export.precision.quantization import quantize
+from lpd_export.progress import Report
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+from lpd_export.runtime.pipeline import GeneratedImage, Pipeline
+from lpd_export.schedule.schedule import Schedule
+
+KEPT_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Shares of a graph's layers that are kept back, the noisiest first, in the order of trial."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """How close a quantized graph must be to FP32."""
+
+    measure: str
+    limit: float
+    at_most: bool
+    """Whether the measure must be at most or at least the limit."""
+
+    def met(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
+
+
+TARGETS = {
+    # Half of what is promised of INT8, so that other images than the calibration's hold it too.
+    "decode": Target("mean KL divergence of guided logits", 0.01, at_most=True),
+    # About what a photograph keeps when it is saved as JPEG at high quality.
+    "detokenize": Target("PSNR of the image in dB", 35.0, at_most=False),
+    "tokenize": Target("share of equal indices", 0.97, at_most=False),
+}
+
+
+@dataclass(frozen=True)
+class GraphDecision:
+    """What was decided of one graph, and why; goes into the manifest."""
+
+    layers: int
+    kept: dict[str, float]
+    """Layers in higher precision, with the noise (squared error over squared signal) they had."""
+    measure: str
+    value: float
+    limit: float
+
+
+class Chooser:
+    """Tries quantized graphs against the FP32 ones.
+
+    Args:
+        graphs: a folder with the FP32 ONNX files.
+        scratch: an empty folder for trials.
+        manifest, schedule: of the bundle in the making.
+    """
+
+    def __init__(self, graphs: Path, scratch: Path, manifest: Manifest, schedule: Schedule) -> None:
+        self._graphs = graphs
+        self._scratch = scratch
+        # These graphs take any batch, whatever engines are to take.
+        self._manifest = dataclasses.replace(manifest, max_batch=None)
+        self._schedule = schedule
+        exact = self._pipeline(graphs)
+        count = calibration_images(manifest.resolution)
+        labels: list[int | str | None] = [*spread_labels(manifest.model.num_classes, count)]
+        # Not the images of the calibration, which the ranges fit best.
+        self._images = exact.generate(labels, seed=SEED + 1, batch=count)
+        self._log_probabilities = exact.teacher_forced_logits(self._images).log_softmax(dim=-1)
+        self._pixels = self._decode_images(exact)
+        self._indices = exact.tokenize(self._pixels)
+
+    def _pipeline(self, folder: Path) -> Pipeline:
+        files = {name: folder / f"{name}.onnx" for name in TARGETS}
+        return Pipeline(self._manifest, self._schedule, OnnxRuntimeExecutor(files))
+
+    def _decode_images(self, pipeline: Pipeline) -> np.ndarray:
+        return np.clip(pipeline.detokenize(token_ids(self._images)), -1, 1)
+
+    def choose(
+        self,
+        graph: str,
+        layers: Mapping[str, LayerMeasurement],
+        report: Report = lambda line: None,
+    ) -> tuple[dict[str, float], GraphDecision]:
+        """The activation ranges of the layers to quantize, by node, and the decision.
+
+        Raises:
+            UserError: if the transformer does not stand INT8 at all.
+        """
+        target = TARGETS[graph]
+        noisiest = sorted(layers, key=lambda node: layers[node].noise, reverse=True)
+        for share in KEPT_SHARES:
+            kept = set(noisiest[: math.ceil(share * len(noisiest))])
+            ranges = {n: m.activation_range for n, m in layers.items() if n not in kept}
+            if graph == "decode" and not ranges:
+                break
+            value = self._try(graph, ranges)
+            report(f"{graph}: {len(ranges)} of {len(layers)} layers, {target.measure} {value:.4g}")
+            if target.met(value):
+                noise = {node: layers[node].noise for node in noisiest if node in kept}
+                decision = GraphDecision(len(layers), noise, target.measure, value, target.limit)
+                return ranges, decision
+        raise UserError(
+            f"int8 changes this model too much: with half of its layers kept in higher precision "
+            f"the {target.measure} is {value:.3g}, above {target.limit}; use --precision fp16"
+        )
+
+    def keep(
+        self,
+        graph: str,
+        layers: Mapping[str, LayerMeasurement],
+        kept: Sequence[str],
+        report: Report = lambda line: None,
+    ) -> tuple[dict[str, float], GraphDecision]:
+        """As `choose`, with the layers to keep decided elsewhere; what they give is measured."""
+        target = TARGETS[graph]
+        ranges = {n: m.activation_range for n, m in layers.items() if n not in kept}
+        value = self._try(graph, ranges)
+        report(f"{graph}: {len(ranges)} of {len(layers)} layers, {target.measure} {value:.4g}")
+        noise = {node: layers[node].noise for node in kept}
+        return ranges, GraphDecision(len(layers), noise, target.measure, value, target.limit)
+
+    def _try(self, graph: str, ranges: Mapping[str, float]) -> float:
+        """The target's measure with these layers quantized."""
+        model = ir.load(self._graphs / f"{graph}.onnx")
+        quantize(model, ranges, unsigned=True)
+        export.write_models({graph: model}, self._scratch)
+        trial = self._pipeline(self._scratch)
+        measure = {"decode": self._kl, "detokenize": self._psnr, "tokenize": self._agreement}
+        value = measure[graph](trial)
+        for file in self._scratch.iterdir():
+            file.unlink()
+        return value
+
+    def _kl(self, trial: Pipeline) -> float:
+        return mean_kl(
+            self._log_probabilities, trial.teacher_forced_logits(self._images).log_softmax(dim=-1)
+        )
+
+    def _psnr(self, trial: Pipeline) -> float:
+        error = float(np.mean((self._decode_images(trial) - self._pixels) ** 2))
+        return math.inf if error == 0 else 10 * math.log10(4 / error)
+
+    def _agreement(self, trial: Pipeline) -> float:
+        return float(np.mean(trial.tokenize(self._pixels) == self._indices))
+
+
+def token_ids(images: list[GeneratedImage]) -> np.ndarray:
+    """[B, S] int64, raster order."""
+    return np.stack([image.token_ids for image in images])
+
+
+def mean_kl(exact: Tensor, other: Tensor) -> float:
+    """Mean Kullback-Leibler divergence in nats of log-probabilities [..., V]."""
+    return float(torch.sum(exact.exp() * (exact - other), dim=-1).mean())

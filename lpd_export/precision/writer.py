@@ -1,0 +1,206 @@
+"""From FP32 graphs to the graphs of a precision: measures, decides, then writes.
+
+Knows which steps a precision takes. How values are cast is in `casting`, how layers are quantized
+in `quantization`, what is measured in `calibration`, and which layers INT8 spares in
+`sensitivity`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lpd_export import __version__
+from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
+from lpd_export.errors import UserError
+from lpd_export.files import cache_folder, sha256, write_atomically
+from lpd_export.graphs import export
+from lpd_export.precision.calibration import Calibration, Calibrator, calibration_images
+from lpd_export.precision.casting import check_ranges, lower
+from lpd_export.precision.quantization import quantize
+from lpd_export.precision.sensitivity import Chooser
+from lpd_export.progress import Report
+from lpd_export.schedule.schedule import Schedule
+
+
+def compute_precision(precision: str, backend: str) -> str:
+    """The float precision of a graph's activations, inputs and caches.
+
+    Around INT8 that is FP16 for TensorRT and FP32 for ONNX Runtime, whose CPU has no FP16.
+    """
+    if precision != "int8":
+        return precision
+    return "fp32" if backend == "onnxruntime" else "fp16"
+
+
+@dataclass(frozen=True)
+class PrecisionWriter:
+    """Writes the graphs of one bundle in another precision.
+
+    Attributes:
+        exact: a folder with the FP32 ONNX files.
+        scratch: a folder for trials, removed again.
+        manifest, schedule: of the bundle in the making.
+        kept_layers: for INT8, the layers to leave in higher precision, by graph; those of other
+            graphs are chosen.
+    """
+
+    exact: Path
+    scratch: Path
+    manifest: Manifest
+    schedule: Schedule
+    kept_layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def write(self, out: Path, report: Report) -> dict[str, Any]:
+        """Writes the graphs to `out`; returns what was measured and decided, for the manifest.
+
+        Raises:
+            UserError: if the precision cannot hold the model.
+        """
+        precision, backend = self.manifest.precision, self.manifest.backend
+        around = compute_precision(precision, backend)
+        self.scratch.mkdir()
+        calibration = calibrate(
+            self.exact, self.scratch, self.manifest, self.schedule, precision == "int8", report
+        )
+        if around != "fp32":
+            check_ranges(calibration.ranges, around)
+        quantized: dict[str, dict[str, float]] = {}
+        decided: dict[str, Any] = {"largest_values": largest_values(calibration)}
+        if precision == "int8":
+            check_kept_layers(self.kept_layers, calibration.layers)
+            report("measuring which layers int8 must spare")
+            chooser = Chooser(self.exact, self.scratch, self.manifest, self.schedule)
+            decided["quantization"] = {}
+            for graph, layers in calibration.layers.items():
+                if graph in self.kept_layers:
+                    chosen = chooser.keep(graph, layers, self.kept_layers[graph], report)
+                else:
+                    chosen = chooser.choose(graph, layers, report)
+                quantized[graph], decision = chosen
+                decided["quantization"][graph] = dataclasses.asdict(decision)
+        shutil.rmtree(self.scratch)
+        report(f"writing {precision} weights")
+        models = {graph: ir.load(self.exact / f"{graph}.onnx") for graph in GRAPH_NAMES}
+        for graph, model in models.items():
+            lower(model, around)
+            quantize(model, quantized.get(graph, {}), backend == "onnxruntime")
+        out.mkdir()
+        export.write_models(models, out)
+        return decided
+
+
+def calibrate(
+    exact: Path,
+    scratch: Path,
+    manifest: Manifest,
+    schedule: Schedule,
+    with_layers: bool,
+    report: Report,
+) -> Calibration:
+    """Measures FP32 graphs at work, or takes what was measured of these very graphs before.
+
+    Args:
+        exact: a folder with the FP32 ONNX files.
+        scratch: an empty folder for instrumented copies.
+        manifest, schedule: of the bundle.
+        with_layers: whether to measure what quantizing each layer does.
+        report: called with a line at the start of each stage.
+    """
+    known = cache_folder() / (
+        f"calibration-{_content_key(exact, manifest, schedule, with_layers)}.json"
+    )
+    if known.is_file():
+        try:
+            calibration = Calibration.from_json(known.read_text(encoding="utf-8"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            report(f"{known} is damaged: measuring again")
+        else:
+            report(f"taking measured ranges from {known}")
+            return calibration
+    calibrator = Calibrator(exact, scratch, manifest, schedule)
+    report("measuring the range of every value at work")
+    calibration = Calibration(calibrator.ranges())
+    if with_layers:
+        report("measuring the noise of every quantized layer")
+        layers = calibrator.layers(calibration.ranges)
+        calibration = Calibration(calibration.ranges, layers)
+    try:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, calibration.to_json().encode())
+    except (OSError, UserError) as error:
+        report(f"what was measured is not kept for the next build: {error}")
+    return calibration
+
+
+def _content_key(exact: Path, manifest: Manifest, schedule: Schedule, with_layers: bool) -> str:
+    """What the measurements depend on."""
+    parts = [
+        __version__,
+        with_layers,
+        calibration_images(manifest.resolution),
+        manifest.cfg,
+        manifest.guidance,
+        hashlib.sha256(schedule.orders.tobytes()).hexdigest(),
+        schedule.group_sizes.tolist(),
+        *(sha256(exact / f"{graph}.onnx") for graph in GRAPH_NAMES),
+        sha256(exact / export.WEIGHTS_FILE),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def read_kept_layers(path: Path) -> dict[str, list[str]]:
+    """The file of `--keep-layers`: a JSON object with a list of layers for each graph.
+
+    Raises:
+        UserError: if it is not such a file.
+    """
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise UserError(f"cannot read --keep-layers {path}: {reason}") from error
+    if (
+        not isinstance(kept, dict)
+        or not set(kept) <= set(GRAPH_NAMES)
+        or not all(
+            isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
+            for layers in kept.values()
+        )
+    ):
+        raise UserError(
+            f"--keep-layers {path} must be a JSON object with a list of layers for some of "
+            f"{', '.join(GRAPH_NAMES)}, as `lpd-export verify --bisect` writes it"
+        )
+    return kept
+
+
+def check_kept_layers(
+    kept: Mapping[str, Sequence[str]], layers: Mapping[str, Mapping[str, object]]
+) -> None:
+    """Raises UserError for a layer to keep that the graph has not."""
+    for graph, names in kept.items():
+        for name in names:
+            if name not in layers[graph]:
+                known = ", ".join(list(layers[graph])[:3])
+                raise UserError(
+                    f"--keep-layers names {name!r}, which is no layer of {graph}.onnx; there are "
+                    f"{known}, and so on"
+                )
+
+
+def largest_values(calibration: Calibration) -> dict[str, Any]:
+    """The value of each graph that comes nearest to overflow, with its magnitude."""
+    worst = {
+        graph: max(values.items(), key=lambda entry: entry[1])
+        for graph, values in calibration.ranges.items()
+    }
+    return {graph: {"value": name, "magnitude": m} for graph, (name, m) in worst.items()}

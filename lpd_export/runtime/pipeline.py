@@ -1,0 +1,471 @@
+"""Images from a bundle, in Python: `Pipeline.open(bundle).generate(["red panda"], seed=0)`.
+
+Puts the parts together: a bundle's files, its classes and schedule, an executor, the generator,
+and the randomness of each image. Does not write files or know the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from lpd_export.bundle.classes import display_name, resolve_classes
+from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle, Manifest
+from lpd_export.errors import UserError
+from lpd_export.files import cache_folder, sha256
+from lpd_export.images import BLANK, to_uint8
+from lpd_export.machine.facts import read_memory
+from lpd_export.runtime.executor import Executor
+from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+from lpd_export.runtime.randomness import image_randomness
+from lpd_export.runtime.sampler import Sampling, guide
+from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
+from lpd_export.schedule.schedule import Schedule, phase_table
+
+WEIGHTS = "onnx/weights.data"
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedImage:
+    """One image and how it came about."""
+
+    pixels: NDArray[np.uint8]
+    """[height, width, 3]."""
+    token_ids: NDArray[np.int64]
+    """[S], raster order."""
+    index: int
+    """Counted from 0; with the seed it determines the image's randomness."""
+    class_id: int | None
+    class_name: str
+    seed: int
+    schedule: Schedule
+    order_index: int
+    """Which of the schedule's orders it followed."""
+    sampling: Sampling
+
+    def picture(self) -> Image.Image:
+        """As a Pillow image."""
+        return Image.fromarray(self.pixels)
+
+
+class Progress(NamedTuple):
+    """Where a generation is."""
+
+    first_image: int
+    images: int
+    """How many are generated together, from `first_image` on."""
+    step: int
+    steps: int
+
+
+class Pipeline:
+    """A bundle, loaded and ready to generate.
+
+        pipeline = Pipeline.open("engines/lpd-l-256-fp32")
+        images = pipeline.generate([207, "red panda"], seed=0)
+        images[0].picture().save("dog.png")
+
+    Use `open`; the constructor takes the parts.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        schedule: Schedule,
+        executor: Executor,
+        mutual_visibility: bool = True,
+    ) -> None:
+        self.manifest = manifest
+        self._mutual_visibility = mutual_visibility
+        self._schedule = schedule
+        self._executor = executor
+        self._dimensions = dimensions(manifest)
+        self._generators: dict[bytes, Generator] = {}
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        mutual_visibility: bool = True,
+    ) -> Pipeline:
+        """Verifies what a bundle holds and loads it.
+
+        Args:
+            bundle: the folder that `lpd-export build` made.
+            device: "cpu" or "cuda"; by default the CPU for ONNX Runtime, a GPU for TensorRT.
+            threads: for the operators on a CPU; by default ONNX Runtime's choice, the physical
+                cores.
+            mutual_visibility: whether the cells that a step fills see one another, as they do in
+                training; without, one sees what this is good for.
+
+        Raises:
+            UserError: if the bundle is missing or damaged, or this machine cannot run it.
+        """
+        opened = Bundle.open(bundle)
+        schedule = opened.schedule()
+        executor = open_executor(opened, device, threads)
+        # Loaded now, so that the first image is not slower than the rest.
+        for graph in ("decode", "detokenize"):
+            executor.load(graph)
+        return cls(opened.manifest, schedule, executor, mutual_visibility)
+
+    def generate(
+        self,
+        classes: Sequence[int | str | None],
+        *,
+        seed: int = 0,
+        cfg: float | None = None,
+        batch: int = 1,
+        schedule: Schedule | str | os.PathLike[str] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        **sampling: Any,
+    ) -> list[GeneratedImage]:
+        """An image for each class: ids, names, or None for no class.
+
+        Args:
+            classes: one for each image.
+            seed: the same seed gives the same images, whatever the batch size.
+            cfg: guidance scale; by default the one recommended for the model.
+            batch: how many images are generated together.
+            schedule: instead of the bundle's: a schedule or the file of one.
+            progress: called after each step.
+            sampling: further fields of `Sampling`: guidance, temperature, top_k, top_p.
+
+        Raises:
+            UserError: if an argument is out of range or a class unknown.
+        """
+        labels = resolve_classes(
+            classes, self.manifest.class_names, self.manifest.model.num_classes
+        )
+        return list(
+            self.stream(
+                dict(enumerate(labels)),
+                seed=seed,
+                sampling=self.sampling(cfg=cfg, **sampling),
+                batch=batch,
+                schedule=schedule,
+                progress=progress,
+            )
+        )
+
+    def sampling(self, *, cfg: float | None = None, **settings: Any) -> Sampling:
+        """Settings for `stream`, the bundle's recommended guidance where none is given."""
+        recommended = {"guidance": self.manifest.guidance}
+        given = {name: value for name, value in settings.items() if value is not None}
+        return Sampling(cfg=self.manifest.cfg if cfg is None else cfg, **{**recommended, **given})
+
+    def stream(
+        self,
+        labels: dict[int, int | None],
+        *,
+        seed: int,
+        sampling: Sampling,
+        batch: int = 1,
+        schedule: Schedule | str | os.PathLike[str] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[GeneratedImage]:
+        """Images as they are made, for a class id (or None) by image index.
+
+        Raises:
+            UserError: before the first image, if an argument is out of range.
+        """
+        self.check_batch(batch)
+        if not 0 <= seed < 2**64:
+            raise UserError(f"the seed must be from 0 to 2^64 - 1, but it is {seed}")
+        chosen = self.choose_schedule(schedule)
+        # A batch shares its guidance: images without a class in one with guidance pay for it,
+        # but come out the same, since null + s (null - null) is null.
+        return self._stream(labels, seed, sampling, batch, chosen, progress)
+
+    def check_batch(self, batch: int) -> None:
+        """Raises UserError unless the bundle takes batches of this size."""
+        if batch < 1:
+            raise UserError(f"the batch size must be at least 1, but it is {batch}")
+        limit = self.manifest.max_batch
+        if limit is not None and batch > limit:
+            raise UserError(
+                f"the bundle takes batches of up to {limit} images, not {batch}: build it with "
+                f"--max-batch {batch}"
+            )
+        needed = self.manifest.buffer_bytes(batch)
+        free = free_memory(self._executor.device)
+        if free is not None and needed > free:
+            raise UserError(
+                f"a batch of {batch} needs {needed / 1e9:.1f} GB for its caches and logits alone, "
+                f"and {free / 1e9:.1f} GB are free: use a smaller batch"
+            )
+
+    def choose_schedule(self, schedule: Schedule | str | os.PathLike[str] | None) -> Schedule:
+        """The given schedule, checked against the model's grid, or the bundle's own."""
+        if schedule is None:
+            return self._schedule
+        if not isinstance(schedule, Schedule):
+            # The authors' files hold orders alone; group sizes are then the bundle's.
+            steps = self._schedule.steps if Path(schedule).suffix == ".json" else None
+            schedule = Schedule.load(schedule, steps=steps)
+        schedule.check_grid(self.manifest.model.grid)
+        return schedule
+
+    def _stream(
+        self,
+        labels: dict[int, int | None],
+        seed: int,
+        sampling: Sampling,
+        batch: int,
+        schedule: Schedule,
+        progress: Callable[[Progress], None] | None,
+    ) -> Iterator[GeneratedImage]:
+        generator = self._generator(schedule)
+        indices = sorted(labels)
+        for start in range(0, len(indices), batch):
+            chunk = indices[start : start + batch]
+            randomness = [
+                image_randomness(seed, index, schedule.cells, schedule.count) for index in chunk
+            ]
+            orders = schedule.orders[[chance.order_index for chance in randomness]]
+
+            def on_step(step: int, first: int = start, images: int = len(chunk)) -> None:
+                if progress is not None:
+                    progress(Progress(first, images, step, schedule.steps))
+
+            token_ids, images = generator.generate(
+                [labels[index] for index in chunk],
+                torch.from_numpy(orders.astype(np.int64)),
+                torch.from_numpy(np.stack([chance.uniform for chance in randomness])),
+                sampling,
+                on_step,
+            )
+            pixels = to_uint8(images.float().cpu().numpy())
+            for row, index in enumerate(chunk):
+                yield GeneratedImage(
+                    pixels=pixels[row],
+                    token_ids=token_ids[row].cpu().numpy().copy(),
+                    index=index,
+                    class_id=labels[index],
+                    class_name=display_name(self.manifest.class_names, labels[index]),
+                    seed=seed,
+                    schedule=schedule,
+                    order_index=randomness[row].order_index,
+                    sampling=sampling,
+                )
+
+    def _generator(self, schedule: Schedule) -> Generator:
+        key = schedule.group_sizes.tobytes()
+        if key not in self._generators:
+            self._generators.clear()  # one set of caches at a time
+            phases = phase_table(schedule.group_sizes)
+            self._generators[key] = Generator(
+                self._executor, self._dimensions, phases, self._mutual_visibility
+            )
+        return self._generators[key]
+
+    def bind_steps(self, images: int, guided: bool, schedule: Schedule | None = None) -> list[Step]:
+        """Every decode phase of a schedule with its own buffers, to run one by one.
+
+        For comparisons: fill a step's token_ids and positions, call its run, read its logits. By
+        default the schedule is the bundle's.
+        """
+        phases = phase_table((schedule or self._schedule).group_sizes)
+        return Batch(
+            self._executor, self._dimensions, phases, images, guided, self._mutual_visibility
+        ).steps
+
+    def teacher_forced_logits(self, images: Sequence[GeneratedImage]) -> torch.Tensor:
+        """Guided logits [B, S, V] float32 of each token of images of this bundle's own schedule.
+
+        As `forced_logits`; the images must share their sampling.
+        """
+        return self.forced_logits(
+            np.stack([image.token_ids for image in images]),
+            [image.class_id for image in images],
+            self._schedule.orders[[image.order_index for image in images]].astype(np.int64),
+            images[0].sampling,
+        )
+
+    @torch.inference_mode()
+    def forced_logits(
+        self,
+        token_ids: NDArray[np.int64],
+        labels: Sequence[int | None],
+        orders: NDArray[np.int64],
+        sampling: Sampling,
+        schedule: Schedule | None = None,
+    ) -> torch.Tensor:
+        """Guided logits [B, S, V] float32, in generation order, of given images.
+
+        Every step is given the images' tokens, whatever it would have drawn; keys and values are
+        its own.
+
+        Args:
+            token_ids: [B, S], raster order.
+            labels: a class id for each image, or None for no class.
+            orders: [B, S], the order each image follows.
+            sampling: its guidance is applied.
+            schedule: whose group sizes are used; by default the bundle's.
+        """
+        cells, rows = self._dimensions.cells, 2 if sampling.guided else 1
+        drawn = torch.from_numpy(np.take_along_axis(token_ids, orders, axis=1))
+        condition = torch.tensor([[self._dimensions.condition_id(label)] for label in labels])
+        context = torch.cat([condition, drawn], dim=1)
+        positions = torch.cat([torch.zeros_like(condition), torch.from_numpy(orders) + 1], dim=1)
+        scale = sampling.scale(cells).to(self._executor.device)
+        logits = []
+        with self._executor.stream():
+            for step in self.bind_steps(len(labels), sampling.guided, schedule):
+                first, last = step.phase.write_index, step.phase.write_index + step.phase.tokens
+                step.token_ids.copy_(context[:, first : first + step.phase.context].repeat(rows, 1))
+                step.positions.copy_(positions[:, first:last].repeat(rows, 1))
+                if step.phase.index == 0 and sampling.guided:
+                    step.token_ids[len(labels) :] = self._dimensions.condition_id(None)
+                step.run()
+                start = step.phase.first_cell
+                raw = step.logits
+                if sampling.guided:
+                    raw = guide(raw, scale[start : start + step.phase.queries])
+                logits.append(raw.float().cpu().clone())
+        return torch.cat(logits, dim=1)
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the graphs."""
+        return self._executor
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """The model's sizes."""
+        return self._dimensions
+
+    def detokenize(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Images [B, 3, height, width], in [-1, 1] up to overshoot, of token ids [B, S].
+
+        Raises:
+            UserError: if the ids are not of this model's grid and codebook.
+        """
+        shape = (len(token_ids), self._dimensions.cells)
+        if token_ids.shape != shape or not self._in_vocabulary(token_ids):
+            raise UserError(
+                f"token ids must be [B, {shape[1]}] and below {self._dimensions.vocab_size}, but "
+                f"they are {list(token_ids.shape)}, {token_ids.min()} to {token_ids.max()}"
+            )
+        side = self._dimensions.image_size
+        image = torch.zeros((shape[0], 3, side, side), dtype=self._executor.float_type)
+        self._run("detokenize", "indices", torch.from_numpy(token_ids), "image", image)
+        return image.float().numpy()
+
+    def trace(self, image: GeneratedImage) -> NDArray[np.uint8]:
+        """An image of this bundle after each step of its generation: [K, height, width, 3] uint8.
+
+        Cells that are not filled yet are blank (`images.BLANK`). What is shown after a step
+        follows from the tokens of that step and earlier ones alone; what the decoder is given for
+        the other cells says `trace.tokens_after_steps`. The last picture is the image itself.
+
+        Raises:
+            UserError: if the image is not of this model's grid and codebook.
+        """
+        order, sizes = image.schedule.orders[image.order_index], image.schedule.group_sizes
+        *unfinished, _ = tokens_after_steps(image.token_ids, order, sizes)
+        # The last is not decoded again: alone, a GPU may round otherwise than in a batch.
+        pictures = [to_uint8(self.detokenize(ids[None]))[0] for ids in unfinished]
+        filled = filled_after_steps(order, sizes)
+        return blank_unfilled(np.stack([*pictures, image.pixels]), filled, BLANK)
+
+    def _in_vocabulary(self, token_ids: NDArray[np.int64]) -> bool:
+        return bool(((token_ids >= 0) & (token_ids < self._dimensions.vocab_size)).all())
+
+    def tokenize(self, images: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Token ids [B, S] of images [B, 3, height, width] in [-1, 1].
+
+        Raises:
+            UserError: if the images are not of this model's resolution.
+        """
+        side = self._dimensions.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise UserError(
+                f"images must be [B, 3, {side}, {side}], but they are {list(images.shape)}"
+            )
+        indices = torch.zeros((len(images), self._dimensions.cells), dtype=torch.int64)
+        image = torch.from_numpy(images).to(self._executor.float_type)
+        self._run("tokenize", "image", image, "indices", indices)
+        return indices.numpy()
+
+    def _run(
+        self, graph: str, input_name: str, values: torch.Tensor, output_name: str, out: torch.Tensor
+    ) -> None:
+        """Runs a tokenizer graph from host memory to host memory."""
+        device = self._executor.device
+        with self._executor.stream():
+            result = out.to(device)
+            run = self._executor.bind(
+                graph, {input_name: values.contiguous().to(device), output_name: result}
+            )
+            run()
+            # Waits for the run, whose context must live until then.
+            out.copy_(result)
+
+
+def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Executor:
+    """The executor of a bundle's backend over its files, verified.
+
+    Raises:
+        UserError: if a file is damaged, or this machine has not what the backend needs.
+    """
+    manifest = bundle.manifest
+    float_type = getattr(torch, manifest.float_type)
+    graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
+    if manifest.backend == "onnxruntime":
+        bundle.file(WEIGHTS)
+        files = {graph: bundle.file(name) for graph, name in graphs.items()}
+        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads)
+    if device == "cpu" or threads is not None:
+        raise UserError(
+            f"{bundle.path} holds {manifest.backend} engines, which run on a GPU: leave out the "
+            "CPU's settings, or build a bundle with --backend onnxruntime"
+        )
+    from lpd_export.runtime.tensorrt_executor import TensorRTExecutor
+
+    weights = None
+    if any(engine["weight_stripped"] for engine in manifest.engines.values()):
+        bundle.file(WEIGHTS)
+        weights = {graph: bundle.file(name) for graph, name in graphs.items()}
+    cache = cache_folder() / f"kernels-{sha256(bundle.path / MANIFEST)[:32]}.bin"
+    return TensorRTExecutor(
+        {graph: bundle.file(f"engines/{graph}.engine") for graph in graphs},
+        float_type,
+        manifest.backend,
+        device or "cuda",
+        weights,
+        cache if manifest.backend == "tensorrt-rtx" else None,
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a device's memory, where the system tells them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return read_memory().free
+
+
+def dimensions(manifest: Manifest) -> Dimensions:
+    """The sizes that the runtime's buffers follow from."""
+    model = manifest.model
+    return Dimensions(
+        depth=model.depth,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        cells=model.grid * model.grid,
+        vocab_size=model.vocab_size,
+        num_classes=model.num_classes,
+        image_size=manifest.resolution,
+    )

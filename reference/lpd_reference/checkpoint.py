@@ -1,0 +1,324 @@
+"""Reads released LPD and tokenizer checkpoints, from a path or the Hugging Face hub.
+
+Knows the file formats (a PyTorch pickle with the weights under `model`, or safetensors) and how
+to read an architecture off the shapes of the weights. Never unpickles arbitrary code: files are
+read with `weights_only=True`, with `argparse.Namespace` (the authors' training arguments) allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lpd_reference.lpd import HEAD_DIM, LPD, LPDConfig
+from lpd_reference.vq import NORM_GROUPS, VQConfig, VQTokenizer
+
+HUB_PREFIX = "hf:"
+HUB_TIMEOUT_SECONDS = 10
+WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+StateDict = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found or read, or that is not of the expected model."""
+
+
+def locate(source: str | Path) -> Path:
+    """The local file of a path, `hf:ORG/NAME` or `hf:ORG/NAME/FILE`, downloaded if need be.
+
+    Without FILE the repository must hold one weight file, or one named after itself.
+
+    Raises:
+        CheckpointError: if there is no such file, or the hub or the repository cannot be reached.
+    """
+    if str(source).startswith(HUB_PREFIX):
+        return download(str(source))
+    path = Path(source)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the checkpoint file inside it")
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    return path
+
+
+def download(source: str) -> Path:
+    """The local copy of a hub file, kept in the hub's own cache."""
+    from huggingface_hub import (
+        HfApi,
+        constants,
+        get_session,
+        hf_hub_download,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils import validate_repo_id
+
+    parts = source.removeprefix(HUB_PREFIX).split("/", 2)
+    if len(parts) < 2 or not all(parts) or ".." in source.split("/"):
+        raise CheckpointError(f"{source!r} is not of the form hf:ORG/NAME or hf:ORG/NAME/FILE")
+    repository = "/".join(parts[:2])
+    try:
+        validate_repo_id(repository)
+        # Asked once: the calls below would ask a hub that is out of reach for half a minute.
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
+        if len(parts) == 3:
+            file = parts[2]
+        else:
+            file = choose_weight_file(repository, HfApi().list_repo_files(repository))
+        return Path(hf_hub_download(repository, file))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository} asks for a login on the Hugging Face hub: accept its terms there and "
+            "run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"the Hugging Face hub has no repository {repository}") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(unreachable(source)) from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repository} holds no file {file}") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{repository!r} is not a Hugging Face repository name") from error
+    except CheckpointError:
+        raise
+    # The HTTP client under huggingface_hub changes with its version, and its errors with it.
+    except Exception as error:
+        cached = try_to_load_from_cache(repository, parts[2]) if len(parts) == 3 else None
+        if isinstance(cached, str):
+            return Path(cached)
+        raise CheckpointError(f"{unreachable(source)} ({type(error).__name__})") from error
+
+
+def unreachable(source: str) -> str:
+    return (
+        f"cannot fetch {source}: the Hugging Face hub cannot be reached from here; fetch the file "
+        "on another machine and give its path"
+    )
+
+
+def choose_weight_file(repository: str, files: list[str]) -> str:
+    """The weight file of a repository's list of files: the only one, or its namesake."""
+    weights = [file for file in files if file.endswith(WEIGHT_SUFFIXES)]
+    namesakes = [file for file in weights if Path(file).stem == repository.split("/")[1]]
+    for candidates in (weights, namesakes):
+        if len(candidates) == 1:
+            return candidates[0]
+    if not weights:
+        raise CheckpointError(f"{repository} holds no {' / '.join(WEIGHT_SUFFIXES)} file")
+    raise CheckpointError(
+        f"{repository} holds {len(weights)} weight files ({', '.join(sorted(weights)[:8])}): "
+        f"name one as hf:{repository}/FILE"
+    )
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """The named weights of a checkpoint file, on the CPU, in the file's own types.
+
+    Raises:
+        CheckpointError: if the file is truncated, not a checkpoint, or holds more than weights.
+    """
+    kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
+    damaged = f"{path} is truncated or is not a {kind}"
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                # Mapped, so that an optimizer's state beside the weights is never read.
+                content = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+                )
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path} holds Python objects other than weights, which could run code, and was "
+                "not loaded"
+            ) from error
+        raise CheckpointError(damaged) from error
+    except OSError as error:
+        # In some truncated files PyTorch seeks a place before the start.
+        if error.errno == errno.EINVAL:
+            raise CheckpointError(damaged) from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    # On garbage the unpickler fails with whatever its next line raises, IndexError for one.
+    except Exception as error:
+        raise CheckpointError(damaged) from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    named_values = content.items() if isinstance(content, Mapping) else ()
+    state = {str(key): value for key, value in named_values if isinstance(value, Tensor)}
+    if not state:
+        raise CheckpointError(f"{path} holds no named weights")
+    return state
+
+
+def shape_of(state: StateDict, key: str, dimensions: int, kind: str) -> torch.Size:
+    """The shape of a weight that tells the architecture."""
+    if key not in state:
+        some = ", ".join(list(state)[:3])
+        raise CheckpointError(f"not {kind}: the key {key} is missing (it holds {some}, ...)")
+    if state[key].dim() != dimensions:
+        raise CheckpointError(
+            f"not {kind}: {key} has shape {list(state[key].shape)}, where {dimensions} dimensions "
+            "are expected"
+        )
+    return state[key].shape
+
+
+def count_modules(state: StateDict, prefix: str) -> int:
+    """How many different numbers follow a prefix; gaps then show as missing and unexpected keys."""
+    numbers = {key.removeprefix(prefix).split(".", 1)[0] for key in state if key.startswith(prefix)}
+    return sum(number.isdecimal() for number in numbers)
+
+
+def lpd_config(state: StateDict, heads: int | None = None) -> LPDConfig:
+    """The architecture of an LPD's weights; heads are D / 64 unless told otherwise."""
+    kind = "an LPD checkpoint"
+    num_classes, dim = shape_of(state, "class_emb.weight", 2, kind)
+    vocab_size = shape_of(state, "token_emb.weight", 2, kind)[0]
+    cells = shape_of(state, "pos_embed", 3, kind)[1] - 1
+    mlp_dim = shape_of(state, "blocks.0.mlp.fc1.weight", 2, kind)[0]
+    grid = math.isqrt(max(cells, 0))
+    if cells < 1 or grid * grid != cells:
+        raise CheckpointError(
+            f"not {kind}: pos_embed has {cells + 1} rows, which is not 1 + a square grid"
+        )
+    if heads is None:
+        if dim % HEAD_DIM:
+            raise CheckpointError(
+                f"the model's width {dim} is not a multiple of {HEAD_DIM}: say how many attention "
+                "heads it has"
+            )
+        heads = dim // HEAD_DIM
+    elif heads < 1 or dim % heads:
+        raise CheckpointError(f"the model's width {dim} does not divide into {heads} heads")
+    depth = count_modules(state, "blocks.")
+    return LPDConfig(dim, depth, heads, grid, num_classes, vocab_size, mlp_dim)
+
+
+def vq_config(state: StateDict) -> VQConfig:
+    """The architecture of a tokenizer's weights."""
+    kind = "a VQ tokenizer"
+    channels = shape_of(state, "encoder.conv_in.weight", 4, kind)[0]
+    widths = [
+        shape_of(state, f"encoder.conv_blocks.{level}.res.0.conv1.weight", 4, kind)[0]
+        for level in range(max(1, count_modules(state, "encoder.conv_blocks.")))
+    ]
+    if channels < 1 or channels % NORM_GROUPS:
+        raise CheckpointError(f"not {kind}: {channels} channels, not a multiple of {NORM_GROUPS}")
+    if any(width % channels for width in widths):
+        raise CheckpointError(f"not {kind}: widths {widths} are not multiples of {channels}")
+    codebook_size, codebook_dim = shape_of(state, "quantize.embedding.weight", 2, kind)
+    return VQConfig(
+        channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        num_res_blocks=count_modules(state, "encoder.conv_blocks.0.res."),
+        z_channels=shape_of(state, "encoder.conv_out.weight", 4, kind)[0],
+        codebook_size=codebook_size,
+        codebook_dim=codebook_dim,
+    )
+
+
+def resize_positions(state: StateDict, grid: int) -> StateDict:
+    """The weights with `pos_embed` resized to another grid (bicubic; the condition's row kept)."""
+    positions = state["pos_embed"].float()
+    old = round((positions.shape[1] - 1) ** 0.5)
+    if old == grid:
+        return state
+    image = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    resized = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+    cells = resized.flatten(2).transpose(1, 2)
+    return {**state, "pos_embed": torch.cat([positions[:, :1], cells], dim=1)}
+
+
+def fill(model: nn.Module, state: StateDict, ignored: frozenset[str], kind: str) -> None:
+    """Gives a model on the meta device its weights, in float32, every key and shape checked."""
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"not {kind}: the key {missing[0]} is missing{more}")
+    for key, tensor in expected.items():
+        if state[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"not {kind}: {key} has shape {list(state[key].shape)}, expected "
+                f"{list(tensor.shape)}"
+            )
+    unexpected = [key for key in state if key not in expected and key not in ignored]
+    if unexpected:
+        raise CheckpointError(f"not {kind}: unexpected key {unexpected[0]}")
+    # Copied out of the file's mapping: the weights must outlive the file.
+    weights = {key: state[key].to(torch.float32, copy=True) for key in expected}
+    broken = [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise CheckpointError(f"not {kind}: {broken[0]} holds NaN or infinite values")
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False).eval()
+
+
+def named(error: CheckpointError, source: str | Path) -> CheckpointError:
+    link = " is " if str(error).startswith("not ") else ": "
+    return CheckpointError(f"{source}{link}{error}")
+
+
+def load_lpd(source: str | Path, *, grid: int | None = None, heads: int | None = None) -> LPD:
+    """An LPD with the weights of a checkpoint, in float32, for inference.
+
+    Args:
+        source: a path, `hf:ORG/NAME` or `hf:ORG/NAME/FILE`.
+        grid: resize the positions to this grid; by default the checkpoint's own.
+        heads: attention heads, where the model's width / 64 is not right.
+
+    Raises:
+        CheckpointError: naming the file and the key or shape that is wrong.
+    """
+    state = read_state_dict(locate(source))
+    try:
+        config = lpd_config(state, heads)
+        if grid is not None:
+            state = resize_positions(state, grid)
+            config = lpd_config(state, config.heads)
+        with torch.device("meta"):
+            model = LPD(config)
+        fill(model, state, frozenset(), "an LPD checkpoint")
+    except CheckpointError as error:
+        raise named(error, source) from error.__cause__
+    return model
+
+
+def load_tokenizer(source: str | Path) -> VQTokenizer:
+    """A VQ tokenizer with the weights of a checkpoint, in float32, for inference.
+
+    Args:
+        source: a path, `hf:ORG/NAME` or `hf:ORG/NAME/FILE`.
+
+    Raises:
+        CheckpointError: naming the file and the key or shape that is wrong.
+    """
+    state = read_state_dict(locate(source))
+    try:
+        with torch.device("meta"):
+            model = VQTokenizer(vq_config(state))
+        # A training counter, of no use here.
+        fill(model, state, frozenset({"quantize.codebook_used"}), "a VQ tokenizer")
+    except CheckpointError as error:
+        raise named(error, source) from error.__cause__
+    return model

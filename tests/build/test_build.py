@@ -1,0 +1,533 @@
+"""Builds: what comes out of one, and every way in which one is refused, fails or is stopped."""
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lpd_export.build.build
+import lpd_export.build.settings
+from commandline import Answer, answer, end, entries, mistake, sentence, start, wait_for
+from lpd_export.build.build import build
+from lpd_export.build.request import BuildRequest
+from lpd_export.bundle.manifest import MANIFEST, Bundle
+from lpd_export.errors import UserError
+from lpd_export.schedule.schedule import Schedule
+from lpd_reference.checkpoint import CheckpointError
+
+EMOJI_WEIGHTS = Path(__file__).parents[1] / "data" / "lpd-emoji32"
+
+
+@pytest.fixture
+def weights(small_weights: Path) -> list[object]:
+    """Options of the small model."""
+    checkpoint, tokenizer = small_weights / "lpd.pth", small_weights / "vq.pt"
+    return ["--checkpoint", checkpoint, "--tokenizer", tokenizer, "--steps", 4]
+
+
+@pytest.fixture
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a build gets as far as exporting."""
+
+    def unreachable(*_: object) -> None:
+        raise AssertionError("exported")
+
+    monkeypatch.setattr(lpd_export.build.build, "write_exact_graphs", unreachable)
+
+
+def save(path: Path, state: dict[str, Any]) -> Path:
+    torch.save({"model": state}, path)
+    return path
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path)["model"])
+
+
+# ------------------------------------------------------------------------------- what is built
+
+
+def test_what_a_build_settles_by_itself(small_bundle: Path, small_weights: Path) -> None:
+    manifest = Bundle.open(small_bundle).manifest
+    assert manifest.name == "small"
+    assert (manifest.model.dim, manifest.model.depth, manifest.model.heads) == (64, 2, 1)
+    assert (manifest.model.grid, manifest.resolution, manifest.tokenizer.stride) == (4, 16, 4)
+    assert (manifest.cfg, manifest.guidance, manifest.max_batch) == (3.0, "linear", None)
+    assert manifest.class_names == [
+        [name] if isinstance(name, str) else name
+        for name in json.loads((small_weights / "classes.json").read_text())
+    ]
+    assert manifest.made["checkpoint"]["source"] == str(small_weights / "lpd.pth")
+    schedule = Bundle.open(small_bundle).schedule()
+    assert (schedule.steps, schedule.count, schedule.kind) == (4, 64, "locality")
+
+
+def test_a_build_leaves_the_bundle_alone(small_bundle: Path) -> None:
+    assert [path.name for path in small_bundle.parent.iterdir()] == ["small"]
+    assert sorted(path.name for path in small_bundle.iterdir()) == [
+        MANIFEST,
+        "onnx",
+        "schedule.npz",
+    ]
+
+
+def test_a_recipe_with_options_over_it(small_weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_weights, tmp_path / "weights")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/wide.toml").write_text(
+        """
+        checkpoint = "../weights/lpd.pth"
+        tokenizer = "../weights/vq.pt"
+        res = 16
+        steps = 60
+        orders = 3
+        cfg = 2
+        max-batch = 4
+        """
+    )
+    said = answer(
+        *("build", tmp_path / "recipes/wide.toml", "--res", 32, "--steps", 5, "--cfg", 1, "--json"),
+        *("--guidance", "constant"),
+    )
+    assert said.code == 0, said
+    out = tmp_path / "recipes/wide"
+    printed = json.loads(said.out)
+    assert printed["bundle"] == str(out)
+    manifest = Bundle.open(out).manifest
+    assert printed["manifest"]["files"].keys() == manifest.files.keys()
+    # The positions were resized: twice the resolution of the weights.
+    assert (manifest.model.grid, manifest.resolution) == (8, 32)
+    assert len(manifest.phases) == 5
+    assert (manifest.cfg, manifest.guidance, manifest.max_batch) == (1.0, "constant", 4)
+    assert manifest.phase_rows == 1  # no guidance, no null row
+    assert Bundle.open(out).schedule().count == 3
+    assert {path.name for path in out.parent.iterdir()} == {"wide", "wide.toml"}
+    images = tmp_path / "images"
+    assert answer("run", out, "--class", "bird", "-n", 5, "--out", images).code == 0
+    with Image.open(images / "00004_crane.png") as picture:
+        assert picture.size == (32, 32)
+    assert "takes batches of up to 4 images, not 5" in mistake(
+        "run", out, "--class", "bird", "--batch", 5, "--out", tmp_path / "more"
+    )
+
+
+def test_the_default_name_and_force(
+    weights: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    orders = tmp_path / "orders.json"
+    orders.write_text(json.dumps([list(range(16)), list(range(16))[::-1]]))
+    out = Path("engines/lpd-16-fp32")
+    out.mkdir(parents=True)
+    (out / MANIFEST).touch()  # all that a broken bundle needs in order to be replaced
+    assert "engines/lpd-16-fp32 exists" in mistake("build", *weights)
+    said = answer("build", *weights, "--schedule", orders, "--force")
+    assert said.code == 0, said
+    assert said.out.startswith(f"{out}: ")
+    manifest = Bundle.open(out).manifest
+    assert manifest.name == "lpd-16-fp32"
+    assert Bundle.open(out).schedule().orders.tolist()[1] == list(range(16))[::-1]
+    assert [path.name for path in out.parent.iterdir()] == ["lpd-16-fp32"]
+
+
+def test_what_res_alone_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def locate(source: str) -> Path:
+        asked.append(source)
+        if source.endswith("vq_ds16_c2i.pt"):
+            return EMOJI_WEIGHTS / "vq_emoji32.pt"
+        raise CheckpointError("no hub here")
+
+    monkeypatch.setattr(lpd_export.build.settings, "locate", locate)
+    for options, repository in (
+        (["--res", 256], "mit-han-lab/lpd_l_256"),
+        (["--model", "lpd-xxl"], "mit-han-lab/lpd_xxl_256"),
+        (["--res", 512, "--model", "lpd-xl", "--steps", 48], "mit-han-lab/lpd_xl_512"),
+    ):
+        asked.clear()
+        assert mistake("build", *options, "--out", tmp_path / "a") == "no hub here"
+        assert asked == ["hf:FoundationVision/LlamaGen/vq_ds16_c2i.pt", f"hf:{repository}"]
+    assert entries(tmp_path) == []
+
+
+# --------------------------------------------------------------------------------- bad requests
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "say what to build: --res 256 (the published lpd-l), --checkpoint FILE"),
+        ("--steps 4", "say what to build"),
+        (
+            "--res 256 --precision bf16",
+            "cannot build bf16 for onnxruntime here: ONNX Runtime's CPU",
+        ),
+        ("--res 256 --precision fp8", "'fp8' is not one of 'fp32', 'bf16', 'fp16', 'int8'"),
+        ("--res 256 --workspace 64", "--workspace is for engines: it needs --backend tensorrt or"),
+        ("--res 256 --weight-stripped", "--weight-stripped is for engines"),
+        ("--res 256 --compute-capability 8.9", "--compute-capability is for engines"),
+        (
+            "--res 256 --backend tensorrt-rtx --optimization-level 9",
+            "the optimization level must be from 0 to 5, but it is 9",
+        ),
+        (
+            "--res 256 --backend tensorrt-rtx --compute-capability 1.0",
+            "not for '1.0'",
+        ),
+        ("--res 256 --backend tvm", "'tvm' is not one of"),
+        ("--model lpd-s", "there is no model 'lpd-s': the published ones are lpd-l, lpd-xl, lpd-x"),
+        ("--model lpd-xxl --res 512", "lpd-xxl was not published at 512 px: give a --checkpoint"),
+        ("--res 384", "lpd-l was not published at 384 px"),
+        ("--res 250 --random-weights", "--res 250 is not a multiple of the tokenizer's stride"),
+        ("--res 0", "--res must be at least 1, but it is 0"),
+        ("--res -256", "--res must be at least 1, but it is -256"),
+        ("--res big", "'big' is not a valid integer"),
+        ("--random-weights --checkpoint a", "--random-weights goes with neither --checkpoint nor"),
+        ("--random-weights --tokenizer a", "--random-weights goes with neither --checkpoint nor"),
+        ("--tokenizer a", "--tokenizer needs --checkpoint"),
+        ("--res 256 --heads 16", "--heads needs --checkpoint"),
+        ("--checkpoint a --heads 0", "--heads must be at least 1, but it is 0"),
+        ("--res 256 --steps 0", "--steps must be at least 1, but it is 0"),
+        ("--res 256 --max-batch 0", "--max-batch must be at least 1, but it is 0"),
+        ("--res 256 --orders -1", "--orders must be at least 1, but it is -1"),
+        ("--res 256 --cfg -1", "--cfg must be a number from 0 up, but it is -1"),
+        ("--res 256 --cfg nan", "--cfg must be a number from 0 up, but it is nan"),
+        ("--res 256 --cfg inf", "--cfg must be a number from 0 up, but it is inf"),
+        ("--res 256 --seed -1", "--seed must be from 0 to 2^64 - 1, but it is -1"),
+        (f"--res 256 --seed {2**64}", "--seed must be from 0 to 2^64 - 1, but it is 18446744"),
+        ("--checkpoint hf:nothing --tokenizer a", "there is no checkpoint a"),
+    ],
+)
+@pytest.mark.usefixtures("no_export")
+def test_requests_that_cannot_be_met(
+    options: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in mistake("build", *options.split(), "--out", "a/bundle")
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model lpd-l", "lpd.pth is not lpd-l: it has width 64, 2 blocks and 1 heads"),
+        ("--heads 5", "the model's width 64 does not divide into 5 heads"),
+        ("--res 18", "--res 18 is not a multiple of the tokenizer's stride of 4 pixels"),
+        ("--res 2", "--res 2 is not a multiple of the tokenizer's stride of 4 pixels"),
+        ("--steps 17", "17 steps are too many for 16 cells"),
+        ("--repulsion -1", "the repulsion threshold must be at least 0, but it is -1"),
+        ("--schedule gone.npz", "cannot read the schedule gone.npz: No such file or directory"),
+        ("--schedule 8x8.npz", "the schedule is for a 8x8 grid, the model's is 4x4"),
+        ("--schedule 5.npz", "this schedule has 5 steps, but --steps 4 was asked for"),
+        ("--schedule classes.json", "neither an .npz schedule nor a complete JSON list"),
+        ("--schedule short.json", "no square grid"),
+        ("--classes gone.json", "cannot read the class names gone.json: No such file"),
+        ("--classes classes.json", "the class names classes.json are not JSON"),
+        ("--classes short.json", "the class names short.json have no name for class 0"),
+    ],
+)
+@pytest.mark.usefixtures("no_export")
+def test_settings_that_do_not_fit_the_weights(
+    weights: list[object],
+    options: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Schedule.make(8, 4, count=1).save("8x8.npz")
+    Schedule.make(4, 5, count=1).save("5.npz")
+    Path("classes.json").write_text("nothing")
+    Path("short.json").write_text("[[0, 1, 2]]")
+    before = entries(tmp_path)
+    assert message in mistake("build", *weights, *options.split(), "--out", "a/bundle")
+    assert entries(tmp_path) == before
+
+
+@pytest.mark.usefixtures("no_export")
+def test_names_beside_the_checkpoint_of_another_model(small_weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(small_weights, folder)
+    (folder / "classes.json").write_text('["cat"]')
+    options = ["--checkpoint", folder / "lpd.pth", "--tokenizer", folder / "vq.pt"]
+    said = mistake("build", *options, "--out", tmp_path / "bundle")
+    assert f"the class names {folder / 'classes.json'} are for 1 classes, the model has 5" in said
+    assert not (tmp_path / "bundle").exists()
+
+
+# ----------------------------------------------------------------------------------- bad weights
+
+
+def without(key: str) -> Callable[[dict[str, Any]], object]:
+    return lambda state: state.pop(key)
+
+
+def of_shape(key: str, *shape: int) -> Callable[[dict[str, Any]], object]:
+    return lambda state: state.update({key: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("class_emb.weight"), "the key class_emb.weight is missing"),
+        (without("blocks.1.attn.qkv.bias"), "the key blocks.1.attn.qkv.bias is missing"),
+        (of_shape("head.weight", 64, 32), "head.weight has shape [64, 32], expected [64, 64]"),
+        (of_shape("pos_embed", 1, 18, 64), "pos_embed has 18 rows, which is not 1 + a square grid"),
+        (of_shape("pos_embed", 17, 64), "pos_embed has shape [17, 64], where 3 dimensions"),
+        (of_shape("extra", 1), "unexpected key extra"),
+        (lambda s: s["head.weight"].fill_(np.nan), "head.weight holds NaN or infinite values"),
+    ],
+)
+@pytest.mark.usefixtures("no_export")
+def test_foreign_checkpoints(
+    small_weights: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    state = state_of(small_weights / "lpd.pth")
+    change(state)
+    checkpoint = save(tmp_path / "changed.pth", state)
+    options = ["--checkpoint", checkpoint, "--tokenizer", small_weights / "vq.pt"]
+    said = mistake("build", *options, "--out", tmp_path / "bundle")
+    assert said.startswith(f"{checkpoint} is not an LPD checkpoint: ")
+    assert message in said
+    assert entries(tmp_path) == ["changed.pth"]
+
+
+@pytest.mark.usefixtures("no_export")
+def test_swapped_weights(small_weights: Path, tmp_path: Path) -> None:
+    checkpoint, tokenizer = small_weights / "lpd.pth", small_weights / "vq.pt"
+    said = mistake(
+        "build", "--checkpoint", tokenizer, "--tokenizer", tokenizer, "--out", tmp_path / "a"
+    )
+    assert f"{tokenizer} is not an LPD checkpoint: the key class_emb.weight is missing" in said
+    said = mistake(
+        "build", "--checkpoint", checkpoint, "--tokenizer", checkpoint, "--out", tmp_path / "a"
+    )
+    assert f"{checkpoint} is not a VQ tokenizer: the key encoder.conv_in.weight is missing" in said
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_tokenizer_of_another_vocabulary(small_weights: Path, tmp_path: Path) -> None:
+    checkpoint, tokenizer = small_weights / "lpd.pth", EMOJI_WEIGHTS / "vq_emoji32.pt"
+    said = mistake(
+        "build", "--checkpoint", checkpoint, "--tokenizer", tokenizer, "--out", tmp_path / "a"
+    )
+    assert said.startswith(f"{checkpoint} and {tokenizer} do not belong together")
+    assert "the model's vocabulary has 64 tokens, the tokenizer's codebook" in said
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("which", ["--checkpoint", "--tokenizer"])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"hello", b"\x80\x02}q\x00.", "truncated", "folder", "gone"]
+)
+@pytest.mark.usefixtures("no_export")
+def test_weights_that_cannot_be_read(
+    small_weights: Path, tmp_path: Path, which: str, content: bytes | str
+) -> None:
+    files = {"--checkpoint": small_weights / "lpd.pth", "--tokenizer": small_weights / "vq.pt"}
+    path = tmp_path / "weights.pth"
+    if content == "folder":
+        path.mkdir()
+    elif content == "truncated":
+        whole = files[which].read_bytes()
+        path.write_bytes(whole[: len(whole) * 2 // 3])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    before = entries(tmp_path)
+    options = [part for option in (files | {which: path}).items() for part in option]
+    said = mistake("build", *options, "--out", tmp_path / "bundle")
+    expected = {"folder": "is a folder", "gone": "there is no checkpoint"}
+    assert expected.get(str(content), "") in said
+    assert str(path) in said
+    assert entries(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------ bad destinations
+
+
+@pytest.mark.usefixtures("no_export")
+def test_destinations_are_checked_before_any_work(
+    weights: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(lpd_export.build.build, "load", unreachable)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/mine").touch()
+    before = entries(tmp_path)
+    for options, message in (
+        (["--out", tmp_path / "file"], "file exists: choose another --out, or replace it with"),
+        (["--out", tmp_path / "folder"], "folder exists: choose another --out"),
+        (["--out", tmp_path / "folder", "--force"], "is not a bundle: --force replaces bundles"),
+        (["--out", tmp_path / "file", "--force"], "is not a bundle: --force replaces bundles"),
+        (["--out", tmp_path / "file/bundle"], f"{tmp_path / 'file'} is not a folder"),
+        (["--out", tmp_path / "file/a/bundle"], f"{tmp_path / 'file'} is not a folder"),
+    ):
+        assert message in mistake("build", *weights, *options)
+    assert entries(tmp_path) == before
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_name_that_is_too_long(weights: list[object], tmp_path: Path) -> None:
+    for name in ("a" * 300, "a" * 250, "a" * 300 + "/bundle"):
+        assert "File name too long" in mistake("build", *weights, "--out", tmp_path / name)
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_disk_without_room(
+    weights: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=1_000_000))
+    said = mistake("build", *weights, "--out", tmp_path / "a/b")
+    assert said.startswith("the build needs ")
+    assert f"and {tmp_path} has 1 MB free: make room, or choose another --out" in said
+    assert entries(tmp_path) == []
+
+
+# ----------------------------------------------------------------------- builds that do not end
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+def test_a_disk_that_fills_up(weights: list[object], tmp_path: Path) -> None:
+    said = end(start("build", *weights, "--out", tmp_path / "a/b", preexec_fn=limit_file_size))
+    assert sentence(said).startswith(f"cannot write {tmp_path / 'a/b'}: ")
+    assert entries(tmp_path) == []
+
+
+def test_a_bundle_that_computes_something_else(
+    small_bundle: Path, small_weights: Path, tmp_path: Path
+) -> None:
+    for change, message in (
+        ("head.weight", "the logits of step 0 differ from the reference's by"),
+        ("token_emb.weight", "the logits of step 1 differ"),  # no tokens before the first step
+        (None, ""),
+    ):
+        state = state_of(small_weights / "lpd.pth")
+        if change:
+            state[change] = state[change].flip(0)
+        request = BuildRequest(
+            checkpoint=str(save(tmp_path / "lpd.pth", state)),
+            tokenizer=str(small_weights / "vq.pt"),
+            steps=4,
+        )
+        source = lpd_export.build.build.load(request, print)
+        settings = lpd_export.build.build.settle(request, source)
+        check = lpd_export.build.build.reference_check(source, settings)
+        manifest, told = Bundle.open(small_bundle).manifest, list[str]()
+        compare = partial(
+            lpd_export.build.build.compare_with_reference,
+            *(small_bundle / "onnx", manifest, settings, check, told.append),
+        )
+        if change is None:
+            compare()
+            assert told == ["comparing the graphs with the reference"]
+            continue
+        with pytest.raises(UserError, match=f"^the bundle was not written: {message}"):
+            compare()
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (UserError("no"), UserError),
+        (OSError(28, "No space left on device"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (RuntimeError("a bug"), RuntimeError),
+    ],
+)
+def test_a_failure_in_the_middle_leaves_nothing(
+    small_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    expected: type[BaseException],
+) -> None:
+    def write_some_graphs(folder: Path, *_: object) -> None:
+        folder.mkdir()
+        (folder / "decode.onnx").touch()
+        raise failure
+
+    monkeypatch.setattr(lpd_export.build.build, "write_exact_graphs", write_some_graphs)
+    request = BuildRequest(
+        checkpoint=str(small_weights / "lpd.pth"),
+        tokenizer=str(small_weights / "vq.pt"),
+        steps=4,
+        out=str(tmp_path / "a/b"),
+    )
+    with pytest.raises(expected):
+        build(request)
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "signals"),
+    [
+        ("loading torch", [signal.SIGINT]),
+        ("reading", [signal.SIGHUP]),
+        ("exporting decode", [signal.SIGINT]),
+        # An impatient user's.
+        ("comparing", [signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM]),
+    ],
+)
+def test_a_stopped_build_leaves_nothing(
+    weights: list[object], tmp_path: Path, stage: str, signals: list[signal.Signals]
+) -> None:
+    process = start("build", *weights, "--out", tmp_path / "a/b")
+    wait_for(process, stage)
+    for number in signals:
+        process.send_signal(number)
+    said = end(process)
+    assert said.code == 130, said
+    assert said.err.splitlines()[-1] == "lpd-export: interrupted"
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert entries(tmp_path) == []
+
+
+def ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def test_a_build_in_the_background_can_be_ended(weights: list[object], tmp_path: Path) -> None:
+    # A script's `&` starts commands that ignore Ctrl-C, but kill must still end them.
+    process = start("build", *weights, "--out", tmp_path / "a", preexec_fn=ignore_interrupt)
+    wait_for(process, "loading torch")
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "exporting decode")
+    process.send_signal(signal.SIGTERM)
+    assert end(process).code == 130
+    assert entries(tmp_path) == []
+
+
+def test_after_a_killed_build(weights: list[object], tmp_path: Path) -> None:
+    command = ["build", *weights, "--out", tmp_path / "bundle"]
+    killed = start(*command)
+    wait_for(killed, "exporting detokenize")
+    refused = answer(*command)
+    assert "another build is writing" in sentence(refused)
+    killed.kill()
+    assert end(killed).code == -signal.SIGKILL
+    assert ".bundle.partial" in entries(tmp_path)
+    assert not (tmp_path / "bundle").exists()
+    said: Answer = answer(*command)
+    assert said.code == 0, said
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert len(Bundle.open(tmp_path / "bundle").files()) == 9

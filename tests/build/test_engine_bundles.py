@@ -1,0 +1,690 @@
+"""Bundles of engines, built as a user builds them: TensorRT-RTX really compiles every graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+
+import lpd_export.build.build
+from commandline import answer, end, entries, mistake, sentence, start, wait_for
+from lpd_export.build.build import build
+from lpd_export.build.engine import CompiledEngine, EngineOptions, compile_graph
+from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
+from lpd_export.errors import UserError
+from lpd_reference import LPD
+from lpd_reference.lpd import LPDConfig
+
+tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("polygraphy")
+
+# Polygraphy sets an empty timing cache, which TensorRT-RTX calls a no-op.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Timing cache:DeprecationWarning")
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+EMOJI_RECIPE = Path(__file__).parents[1] / "data" / "lpd-emoji32" / "recipe.toml"
+RTX = EngineOptions("tensorrt-rtx")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+Bundles = Callable[[str], Bundle]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Measured ranges and logs are kept where no other run sees them."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "lpd-export"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """FP32 graphs are exported once a checkpoint, which is most of the time of a small build."""
+    write, kept = lpd_export.build.build.write_exact_graphs, tmp_path_factory.mktemp("exact")
+
+    def write_once(folder: Path, source: Any, report: Any) -> None:
+        known = kept / source.checkpoint.stem
+        if not known.exists():
+            write(known, source, report)
+        shutil.copytree(known, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lpd_export.build.build, "write_exact_graphs", write_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Options of a model like `small_weights`, but with two heads of 64.
+
+    TensorRT-RTX has no fused attention for a single head, which no published model has.
+    """
+    model = LPD(LPDConfig(dim=128, depth=2, heads=2, grid=4, num_classes=5, vocab_size=64))
+    checkpoint = tmp_path_factory.mktemp("weights") / "two_heads.pth"
+    torch.save({"model": model.initialize(0).state_dict()}, checkpoint)
+    return ["--checkpoint", checkpoint, "--tokenizer", small_weights / "vq.pt", "--steps", 4]
+
+
+def build_demo(out: Path, **settings: object) -> Bundle:
+    """INT8 needs a trained model: what rounding does to a random one, decides its last digits.
+
+    In 8 steps rather than 20, to have fewer static phases.
+    """
+    settings = {"steps": 8, "precision": "int8", "out": str(out), **settings}
+    return Bundle.open(build(BuildRequest(**read_recipe(EMOJI_RECIPE) | settings)))
+
+
+@pytest.fixture(scope="module")
+def bundles(weights: list[object], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """Builds the bundle of engines in a precision, once; shared, so leave it as it is."""
+
+    @functools.cache
+    def made(precision: str) -> Bundle:
+        out = tmp_path_factory.mktemp(precision) / precision
+        if precision == "int8":
+            return build_demo(out, backend="tensorrt-rtx")
+        said = answer("build", *weights, *rtx("--precision", precision), "--out", out)
+        assert said.code == 0, said
+        return Bundle.open(out)
+
+    return made
+
+
+def rtx(*options: object) -> list[object]:
+    return ["--backend", "tensorrt-rtx", *options]
+
+
+def load(path: Path) -> onnx.GraphProto:
+    return onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
+
+
+def log_of(bundle: Bundle, graph: str) -> str:
+    return bundle.file(f"engines/{graph}.log").read_text()
+
+
+# --------------------------------------------------------------------------------- what is built
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_bundle_holds_an_engine_and_its_log_for_each_graph(
+    bundles: Bundles, precision: str
+) -> None:
+    bundle = bundles(precision)
+    manifest = bundle.manifest
+    bundle.files()  # as they were written
+    assert sorted(manifest.files) == sorted(
+        name for name in entries(bundle.path) if "." in name and name != "manifest.json"
+    )
+    engines = {name for name in manifest.files if name.startswith("engines/")}
+    assert engines == {f"engines/{g}.{kind}" for g in GRAPH_NAMES for kind in ("engine", "log")}
+    assert (manifest.backend, manifest.precision) == ("tensorrt-rtx", precision)
+    assert manifest.backend_version == tensorrt_rtx.__version__
+    assert (manifest.max_batch, manifest.target_compute_capabilities) == (8, [])
+    around = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float16")
+    assert manifest.float_type == around
+    for graph, report in manifest.engines.items():
+        assert report["size"] == manifest.files[f"engines/{graph}.engine"].size
+        assert report["backend_version"] == tensorrt_rtx.__version__
+        assert report["weight_stripped"] is False
+        assert report["profiles"] == len(report["optimization_profiles"])
+    assert list(manifest.engines) == list(GRAPH_NAMES)
+    assert [path.name for path in bundle.path.parent.iterdir()] == [precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_attention_is_fused_and_every_cache_updated_in_place(
+    bundles: Bundles, precision: str
+) -> None:
+    manifest = bundles(precision).manifest
+    report, depth = manifest.engines["decode"], manifest.model.depth
+    assert report["attentions"] == depth
+    assert report["cache_updates"] == 2 * depth
+    assert report["copied_caches"] == []
+    fused = re.findall(
+        r"^ *Name: (\w*gemm_mha\w*), LayerType", log_of(bundles(precision), "decode"), re.M
+    )
+    assert report["fused_kernels"] == fused
+    if precision == "fp32":
+        assert (report["decomposable_attentions"], fused) == (depth, [])
+        assert "no fused attention in fp32" in report["notes"][0]
+    else:
+        assert report["decomposable_attentions"] == 0
+        assert len(fused) == depth * report["profiles"]
+        assert report["notes"] == []
+
+
+def test_more_than_one_profile_is_fused_too(bundles: Bundles) -> None:
+    """So that the test above is one of several profiles at least once."""
+    assert bundles("int8").manifest.engines["decode"]["profiles"] > 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_profiles_take_every_phase_at_every_batch(bundles: Bundles, precision: str) -> None:
+    manifest = bundles(precision).manifest
+    profiles = manifest.engines["decode"]["optimization_profiles"]
+    for phase in manifest.phases:
+        sizes = {"context_tokens": phase.context, "tokens": phase.tokens}
+        for rows in (1, 2 * (manifest.max_batch or 0)):
+            assert any(
+                all(
+                    profile[axis][0] <= size <= profile[axis][2]
+                    for axis, size in {**sizes, "rows": rows}.items()
+                )
+                for profile in profiles
+            ), (phase, rows)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_log_in_the_bundle_is_the_verbose_one(bundles: Bundles, precision: str) -> None:
+    bundle = bundles(precision)
+    for graph in GRAPH_NAMES:
+        log = log_of(bundle, graph)
+        assert log.count("\n") > 1000
+        assert "Engine generation completed" in log
+        assert re.search(r"I/O Tensors:\n +Name: ", log)
+        nodes = onnx.load(bundle.path / f"onnx/{graph}.onnx", load_external_data=False).graph.node
+        missing = [node.name for node in nodes if f"Parsing node: {node.name}" not in log]
+        assert missing == []
+
+
+def test_the_log_of_int8_tells_of_int8_kernels(bundles: Bundles) -> None:
+    bundle = bundles("int8")
+    manifest = bundle.manifest
+    kept = manifest.calibration["quantization"]["decode"]["kept"]
+    log = log_of(bundle, "decode")
+    for block in range(manifest.model.depth):
+        for layer in ("query", "key", "value", "proj", "fc1", "fc2"):
+            name = f"blocks.{block}.{layer}/MatMul"
+            kernels = re.findall(
+                # In another profile than the first it is `blocks.0.fc1/MatMul [profile 1]_...`;
+                # a product of several layers at once has all their names, joined by +.
+                rf"Name: [^,]*{re.escape(name)}[^,]*, LayerType: gemm, Inputs: (.*?), Constants: ",
+                log,
+            )
+            int8 = [inputs for inputs in kernels if "Datatype: Int8" in inputs]
+            wanted = 0 if name in kept else manifest.engines["decode"]["profiles"]
+            assert len(int8) == wanted, name
+    half = log_of(bundles("fp16"), "decode")
+    assert "Datatype: Int8" not in half
+
+
+# ---------------------------------------------------------------------------------- phase files
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_phase_file_compiles_alone(bundles: Bundles, precision: str, tmp_path: Path) -> None:
+    bundle = bundles(precision)
+    depth = bundle.manifest.model.depth
+    paths = sorted(bundle.path.glob("onnx/phase_*.onnx"))
+    assert len(paths) == len(bundle.manifest.phases)
+    for path in paths:
+        report = compile_graph(path, "decode", (), RTX, tmp_path / "log").report
+        unfused = depth if precision == "fp32" else 0
+        assert (report.attentions, report.decomposable_attentions) == (depth, unfused)
+        assert len(report.fused_kernels) == depth - unfused
+        assert (report.cache_updates, report.copied_caches) == (2 * depth, ())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_polygraphy_converts_a_phase_file_as_it_is(
+    bundles: Bundles, precision: str, tmp_path: Path
+) -> None:
+    path = sorted(bundles(precision).path.glob("onnx/phase_*.onnx"))[-1]
+    command = [str(Path(sys.executable).with_name("polygraphy")), "convert", path.name]
+    # There is no fused attention in FP32 to insist on.
+    command += ["--decomposable-attentions"] if precision == "fp32" else []
+    said = subprocess.run(
+        [*command, "--convert-to", "trt", "-o", str(tmp_path / "phase.engine")],
+        cwd=path.parent,
+        env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert (tmp_path / "phase.engine").stat().st_size > 100_000
+
+
+# ----------------------------------------------------------------------------------------- types
+
+
+@pytest.fixture(scope="module")
+def int8_for_onnxruntime(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build_demo(tmp_path_factory.mktemp("cpu") / "int8", backend="onnxruntime")
+
+
+def quantized_types(bundle: Bundle, graph: str) -> dict[str, set[int]]:
+    """By operator, the types of the levels that its activation and weight come as."""
+    found = load(bundle.file(f"onnx/{graph}.onnx"))
+    types = {tensor.name: tensor.data_type for tensor in found.initializer}
+    makers = {output: node for node in found.node for output in node.output}
+    levels: dict[str, set[int]] = {}
+    for node in found.node:
+        for name in node.input:
+            maker = makers.get(name)
+            if maker is not None and maker.op_type == "DequantizeLinear":
+                levels.setdefault(node.op_type, set()).add(types[maker.input[2]])
+    return levels
+
+
+def test_int8_is_measured_in_its_own_batches(tmp_path: Path) -> None:
+    """Engines for one image at a time are calibrated on many, which are no batch of theirs."""
+    bundle = build_demo(tmp_path / "one", backend="tensorrt-rtx", max_batch=1)
+    assert bundle.manifest.max_batch == 1
+    assert bundle.manifest.calibration["quantization"]["decode"]["layers"]
+
+
+def test_tensorrt_gets_signed_levels_alone(bundles: Bundles) -> None:
+    for path in sorted(bundles("int8").path.glob("onnx/*.onnx")):
+        found = load(path)
+        assert not [t.name for t in found.initializer if t.data_type == TensorProto.UINT8], path
+        pairs = [n for n in found.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        types = {tensor.name: tensor.data_type for tensor in found.initializer}
+        assert {types[node.input[2]] for node in pairs} == {TensorProto.INT8}, path
+    for graph, operators in (("decode", {"MatMul"}), ("detokenize", {"Conv"})):
+        assert quantized_types(bundles("int8"), graph).keys() == operators
+
+
+def test_onnxruntime_gets_unsigned_activations(int8_for_onnxruntime: Bundle) -> None:
+    bundle = int8_for_onnxruntime
+    signed, unsigned = TensorProto.INT8, TensorProto.UINT8
+    for graph, operator in (("decode", "MatMul"), ("detokenize", "Conv"), ("tokenize", "Conv")):
+        # The activation is unsigned, the weight signed.
+        assert quantized_types(bundle, graph) == {operator: {signed, unsigned}}
+    decided = bundle.manifest.calibration["quantization"]["decode"]
+    assert decided["layers"] > len(decided["kept"])
+
+
+def test_onnxruntime_computes_every_quantized_product_in_integers(
+    int8_for_onnxruntime: Bundle, tmp_path: Path
+) -> None:
+    """A product that is not fused would have its weight dequantized in every step."""
+    bundle = int8_for_onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(
+        bundle.file("onnx/decode.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    operators = Counter(node.op_type for node in load(tmp_path / "optimized.onnx").node)
+    decided = bundle.manifest.calibration["quantization"]["decode"]
+    assert operators["MatMulIntegerToFloat"] == decided["layers"] - len(decided["kept"])
+    assert operators["DequantizeLinear"] == 0
+
+
+def test_around_int8_is_fp16_for_tensorrt_and_fp32_for_onnxruntime(
+    bundles: Bundles, int8_for_onnxruntime: Bundle
+) -> None:
+    for bundle, around in ((bundles("int8"), "fp16"), (int8_for_onnxruntime, "fp32")):
+        for path in sorted(bundle.path.glob("onnx/*.onnx")):
+            found = load(path)
+            for value in (*found.input, *found.output):
+                element = value.type.tensor_type.elem_type
+                if element in FLOATS.values() and value.name != "logits":
+                    assert element == FLOATS[around], (path, value.name)
+            scales = {n.input[1] for n in found.node if n.op_type == "DequantizeLinear"}
+            types = {t.data_type for t in found.initializer if t.name in scales}
+            assert types == {FLOATS[around]}, path
+    names = ("past_key_0", "attention_mask")
+    for precision in ("fp32", "fp16", "bf16"):
+        inputs = load(bundles(precision).file("onnx/decode.onnx")).input
+        types = {v.type.tensor_type.elem_type for v in inputs if v.name in names}
+        assert types == {FLOATS[precision]}
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+def test_inspect_describes_the_engines(bundles: Bundles) -> None:
+    bundle = bundles("int8")
+    manifest, size = bundle.manifest, bundle.manifest.files["engines/decode.engine"].size
+    said = answer("inspect", bundle.path)
+    assert said.code == 0, said
+    lines = [line.strip() for line in said.out.splitlines()]
+    version, layers = tensorrt_rtx.__version__, manifest.engines["decode"]["engine_layers"]
+    at = lines.index(
+        f"engine     decode: {size / 1e6:.1f} MB, tensorrt-rtx {version} for the default GPUs, "
+        f"{layers} layers"
+    )
+    depth = manifest.model.depth
+    assert lines[at + 1] == (
+        f"{2 * depth} caches updated in place, {depth} of {depth} attentions fused"
+    )
+    assert "token_ids [rows, context_tokens], positions [rows, tokens]" in lines[at + 2]
+    assert "attention_mask [tokens, 257], write_index [rows], logits [rows, " in lines[at + 2]
+    for number, profile in enumerate(manifest.engines["decode"]["optimization_profiles"]):
+        (least, best, most), line = profile["tokens"], lines[at + 3 + number]
+        assert line.startswith(f"profile {number}: rows 1 to 16 (best 16), context_tokens ")
+        assert line.endswith(f"tokens {least} to {most} (best {best})")
+    detokenize = next(line for line in lines if line.startswith("engine     detokenize: "))
+    assert lines[lines.index(detokenize) + 1] == ("indices [batch, 256], image [batch, 3, 32, 32]")
+    for graph in GRAPH_NAMES:
+        mb = manifest.files[f"engines/{graph}.engine"].size / 1e6
+        assert f"{mb:.2f} MB  engines/{graph}.engine" in lines
+    printed = json.loads(answer("inspect", bundle.path, "--json").out)
+    assert printed["manifest"]["engines"] == manifest.engines
+
+
+def needed_megabytes(bundle: Bundle, batch: int) -> tuple[int, int]:
+    """What `inspect` says that a batch takes in all, and that the engines take of it."""
+    said = answer("inspect", bundle.path, "--batch", batch).out
+    found = re.search(rf"memory +(\d+) MB for a batch of {batch}\b.*?: (\d+) weights", said)
+    assert found, said
+    return int(found[1]), int(found[2])
+
+
+def test_a_larger_batch_needs_more_memory(bundles: Bundles) -> None:
+    bundle = bundles("int8")
+    sizes = bundle.manifest.files
+    engines = round(sum(sizes[f"engines/{graph}.engine"].size for graph in GRAPH_NAMES) / 1e6)
+    (one, weights), (four, same) = (needed_megabytes(bundle, batch) for batch in (1, 4))
+    assert weights == same == engines
+    model = bundle.manifest.model
+    # The two rows of an image have a key and a value in each block, in FP16.
+    caches = 2 * 2 * 2 * model.depth * (model.grid**2 + 1) * model.dim
+    assert engines < one < four
+    assert four - one >= round(3 * caches / 1e6)
+
+
+@NO_GPU
+def test_an_engine_does_not_run_without_a_gpu(
+    bundles: Bundles, own_cache: Path, tmp_path: Path
+) -> None:
+    bundle = bundles("fp16").path
+    before = entries(own_cache)
+    said = mistake("run", bundle, "--class", 0, "--out", tmp_path / "a/b")
+    assert said.startswith("TensorRT needs an NVIDIA GPU, but torch cannot use cuda here (")
+    assert "or use a bundle built with --backend onnxruntime" in said
+    # In a process of its own nothing else is said either.
+    alone = end(start("run", bundle, "--class", 0, "--json", "--out", tmp_path / "a/b"))
+    assert sentence(alone) == said
+    assert alone.err.splitlines()[:-1] == [f"loading {bundle}"]
+    for options in (["--device", "cpu"], ["--threads", 2]):
+        said = mistake("run", bundle, "--class", 0, *options, "--out", tmp_path / "a/b")
+        assert "engines, which run on a GPU: leave out the CPU's settings" in said
+    assert entries(tmp_path) == []
+    assert entries(own_cache) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "was altered after it was built"),
+        (lambda content: content[:-1], "it is truncated or altered"),
+        (None, "is missing"),
+    ],
+)
+@pytest.mark.parametrize("name", ["decode.engine", "tokenize.log"])
+def test_a_damaged_engine_is_named(
+    bundles: Bundles,
+    name: str,
+    change: Callable[[bytes], bytes] | None,
+    message: str,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(bundles("fp16").path, tmp_path / "bundle")
+    path = tmp_path / "bundle/engines" / name
+    if change:
+        path.write_bytes(change(path.read_bytes()))
+    else:
+        path.unlink()
+    said = mistake("inspect", tmp_path / "bundle")
+    assert said.startswith(str(path))
+    assert message in said
+    if name == "decode.engine":
+        run = mistake("run", tmp_path / "bundle", "--class", 0, "--out", tmp_path / "images")
+        assert run == said
+        assert not (tmp_path / "images").exists()
+
+
+# --------------------------------------------------------------------------------------- options
+
+
+def test_compute_capabilities_reach_the_engines(
+    bundles: Bundles, weights: list[object], tmp_path: Path
+) -> None:
+    def made(*capabilities: str) -> Bundle:
+        options = rtx("--precision", "fp16", "--max-batch", 2, "--out", tmp_path / capabilities[-1])
+        options += [part for value in capabilities for part in ("--compute-capability", value)]
+        said = answer("build", *weights, *options, "--json")
+        assert said.code == 0, said
+        targets = json.loads(said.out)["manifest"]["target_compute_capabilities"]
+        assert targets == list(capabilities)
+        return Bundle.open(tmp_path / capabilities[-1])
+
+    ada, both = made("8.9"), made("8.9", "12.0")
+    sizes = [bundle.manifest.files["engines/decode.engine"].size for bundle in (ada, both)]
+    assert sizes[0] < sizes[1]
+    said = answer("inspect", both.path).out
+    assert said.count(f"tensorrt-rtx {tensorrt_rtx.__version__} for 8.9, 12.0, ") == 3
+    assert "rows 1 to 4 (best 4)" in said
+    assert both.manifest.max_batch == 2
+
+
+def write_recipe(folder: Path, weights: list[object], more: str) -> Path:
+    values = dict(zip(weights[::2], weights[1::2], strict=True))
+    path = folder / "small.toml"
+    path.write_text(
+        f'checkpoint = "{values["--checkpoint"]}"\n'
+        f'tokenizer = "{values["--tokenizer"]}"\n'
+        f'steps = 4\nprecision = "fp16"\nbackend = "tensorrt-rtx"\n{more}\n'
+    )
+    return path
+
+
+def test_a_recipe_of_engine_options(weights: list[object], tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        weights,
+        'compute-capability = ["8.9"]\noptimization-level = 1\nworkspace = 256\nmax-batch = 1',
+    )
+    seen = []
+    compile_once = lpd_export.build.build.engine.compile_graph
+
+    def compile_seen(*arguments: Any) -> CompiledEngine:
+        seen.append(next(value for value in arguments if isinstance(value, EngineOptions)))
+        return compile_once(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lpd_export.build.build.engine, "compile_graph", compile_seen)
+        assert answer("build", recipe).code == 0
+    options = EngineOptions(
+        "tensorrt-rtx", workspace_mib=256, optimization_level=1, compute_capabilities=("8.9",)
+    )
+    assert seen == [options] * 3
+    manifest = Bundle.open(tmp_path / "small").manifest
+    assert manifest.target_compute_capabilities == ["8.9"]
+    assert manifest.engines["decode"]["optimization_profiles"][0]["rows"] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("value", ['"8.9"', "8.9", "[8.9]", '["8.9", 12]', "true"])
+def test_a_recipe_with_capabilities_of_a_wrong_type(
+    weights: list[object], value: str, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, weights, f"compute-capability = {value}")
+    said = mistake("build", recipe)
+    assert said.startswith(
+        f"{recipe}, line 6: compute-capability must be a list of texts in quotes, but it is "
+    )
+    assert entries(tmp_path) == ["small.toml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("tensorrt-rtx --timing-cache a.cache", "leave out the timing cache a.cache"),
+        ("tensorrt-rtx --version-compatible", "leave out version compatibility"),
+        ("tensorrt-rtx --hardware-compatible", "leave out hardware compatibility"),
+        ("tensorrt-rtx --compute-capability 9.0", "12.1, not for '9.0'"),
+        (
+            "tensorrt-rtx --compute-capability 8.9 --compute-capability 8.9",
+            "compute capability 8.9 is given twice",
+        ),
+        ("tensorrt --compute-capability 8.9", "or use tensorrt-rtx"),
+        ("onnxruntime --workspace 9", "--workspace is for engines"),
+        ("onnxruntime --compute-capability 8.9", "--compute-capability is for engines"),
+    ],
+)
+def test_options_of_another_backend_are_refused(
+    weights: list[object], options: str, message: str, tmp_path: Path
+) -> None:
+    command = ["build", *weights, "--backend", *options.split(), "--out", tmp_path / "a"]
+    assert message in mistake(*command)
+    assert entries(tmp_path) == []
+
+
+def test_weight_stripped_engines_say_so(
+    bundles: Bundles,
+    weights: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in for the compiler, which strips weights on a machine with a GPU alone."""
+    whole = bundles("fp16")
+    compile_whole = lpd_export.build.build.engine.compile_graph
+
+    def strip(path: Path, graph: str, profiles: Any, options: EngineOptions, *more: Any) -> Any:
+        assert options.weight_stripped
+        return compile_whole(path, graph, profiles, RTX, *more)
+
+    monkeypatch.setattr(lpd_export.build.build.engine, "compile_graph", strip)
+    out = tmp_path / "stripped"
+    options = rtx("--precision", "fp16", "--weight-stripped", "--out", out)
+    said = answer("build", *weights, *options)
+    assert said.code == 0, said
+    manifest = Bundle.open(out).manifest
+    assert [engine["weight_stripped"] for engine in manifest.engines.values()] == [True] * 3
+    assert answer("inspect", out).out.count(" MB, without weights, tensorrt-rtx ") == 3
+    assert "without weights" not in answer("inspect", whole.path).out
+
+
+@NO_GPU
+def test_weights_are_not_stripped_without_a_gpu(weights: list[object], tmp_path: Path) -> None:
+    options = rtx("--precision", "fp16", "--weight-stripped", "--out", tmp_path / "a")
+    said = mistake("build", *weights, *options)
+    assert "a weight-stripped engine can be built on a machine with a GPU alone" in said
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="weights are stripped on a GPU alone")
+def test_weight_stripped_engines_are_smaller(weights: list[object], tmp_path: Path) -> None:
+    sizes = {}
+    for name, more in (("whole", []), ("stripped", ["--weight-stripped"])):
+        options = rtx("--precision", "fp16", *more, "--out", tmp_path / name)
+        assert answer("build", *weights, *options).code == 0
+        manifest = Bundle.open(tmp_path / name).manifest
+        assert manifest.engines["decode"]["weight_stripped"] is bool(more)
+        sizes[name] = manifest.files["engines/decode.engine"].size
+    assert sizes["stripped"] < sizes["whole"]
+
+
+# --------------------------------------------------------------------------- builds that do not end
+
+
+def test_the_log_of_a_failed_build_can_be_read(small_weights: Path, tmp_path: Path) -> None:
+    """A single head has no fused attention: the build fails with the log, and nothing else."""
+    request = BuildRequest(
+        checkpoint=str(small_weights / "lpd.pth"),
+        tokenizer=str(small_weights / "vq.pt"),
+        steps=4,
+        precision="fp16",
+        backend="tensorrt-rtx",
+        out=str(tmp_path / "a/b"),
+    )
+    with pytest.raises(UserError, match=r"for nodes like .*, which have 1 head") as error:
+        build(request)
+    assert entries(tmp_path) == []
+    found = re.search(r"its log is (\S+)$", str(error.value))
+    assert found, error.value
+    log = Path(found[1]).read_text()
+    assert "Parsing node: blocks.1/Attention" in log
+    assert "not supported by a dedicated kernel" in log
+
+
+@pytest.fixture
+def single_head(small_weights: Path, tmp_path: Path) -> list[object]:
+    """A build that TensorRT-RTX's compiler gives up, which it prints to standard error itself."""
+    files = ["--checkpoint", small_weights / "lpd.pth", "--tokenizer", small_weights / "vq.pt"]
+    return ["build", *files, "--steps", 4, *rtx("--precision", "fp16", "--out", tmp_path / "a")]
+
+
+def test_what_the_compiler_prints_itself_does_not_reach_the_user(single_head: list[object]) -> None:
+    said = end(start(*single_head))
+    assert "where it takes 2 or more; build in fp32, or with --backend onn" in sentence(said)
+    stages = said.err.splitlines()[:-1]
+    assert stages[0] == "loading torch and onnx"
+    assert stages[-1] == "compiling decode for tensorrt-rtx"
+    assert "Myelin" not in said.err
+
+
+WHILE_COMPILING = """
+import os, sys, time
+from pathlib import Path
+from lpd_export.cli.main import stages
+from lpd_export.build.engine import _standard_error_to
+
+with stages() as (report, advance):
+    report("compiling")
+    with _standard_error_to(Path(sys.argv[1])):
+        for step in range(1, 4):
+            advance("Building", step, 3)
+            os.write(2, b"Internal Error\\n")
+            time.sleep(0.5)  # rich draws ten times a second
+print("done", file=sys.stderr)
+"""
+
+
+def test_progress_is_shown_on_a_terminal_while_it_compiles(tmp_path: Path) -> None:
+    """What the compiler prints goes to the log at the same time, by the same descriptor."""
+    (tmp_path / "log").touch()
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", WHILE_COMPILING, str(tmp_path / "log")]
+    process = subprocess.Popen(command, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal without a writer by an error
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait(timeout=300) == 0
+    for step in (1, 2, 3):
+        assert f"compiling: Building {step} of 3".encode() in shown
+    assert shown.endswith(b"done\r\n")
+    assert b"Internal Error" not in shown
+    assert (tmp_path / "log").read_bytes() == 3 * b"Internal Error\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_compilation_leaves_nothing(
+    weights: list[object], number: signal.Signals, tmp_path: Path
+) -> None:
+    options = rtx("--precision", "fp16", "--out", tmp_path / "a/b")
+    process = start("build", *weights, *options)
+    wait_for(process, "compiling decode")
+    process.send_signal(number)
+    said = end(process)
+    assert said.code == 130, said
+    assert said.err.splitlines()[-1] == "lpd-export: interrupted"
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert entries(tmp_path) == []

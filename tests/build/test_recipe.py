@@ -1,0 +1,131 @@
+"""Recipes: what they say becomes a request, and a mistake in one is told with its line."""
+
+from pathlib import Path
+
+import pytest
+
+from commandline import entries, mistake
+from lpd_export.build.request import BuildRequest, field_types, read_recipe
+from lpd_export.errors import UserError
+
+
+def write(folder: Path, text: str, name: str = "small.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_setting_can_be_in_a_recipe(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path,
+        """
+        model = "lpd-l"
+        res = 512
+        steps = 32
+        checkpoint = "weights/lpd.pth"
+        tokenizer = "hf:ORG/NAME/vq.pt"
+        heads = 3
+        classes = "../classes.json"
+        schedule = "/orders.npz"
+        orders = 8
+        repulsion = 0
+        cfg = 3
+        guidance = "constant"
+        precision = "fp16"
+        backend = "tensorrt-rtx"
+        max-batch = 4
+        random_weights = true
+        seed = 7
+        """,
+    )
+    settings = read_recipe(recipe)
+    assert settings == {
+        "model": "lpd-l",
+        "res": 512,
+        "steps": 32,
+        "checkpoint": f"{tmp_path}/weights/lpd.pth",
+        "tokenizer": "hf:ORG/NAME/vq.pt",
+        "heads": 3,
+        "classes": f"{tmp_path}/../classes.json",
+        "schedule": "/orders.npz",
+        "orders": 8,
+        "repulsion": 0,
+        "cfg": 3.0,
+        "guidance": "constant",
+        "precision": "fp16",
+        "backend": "tensorrt-rtx",
+        "max_batch": 4,
+        "random_weights": True,
+        "seed": 7,
+        "out": f"{tmp_path}/small",
+    }
+    assert isinstance(settings["cfg"], float)
+    BuildRequest(**settings)
+
+
+def test_where_the_bundle_goes(tmp_path: Path) -> None:
+    assert read_recipe(write(tmp_path, ""))["out"] == f"{tmp_path}/small"
+    assert read_recipe(write(tmp_path, 'out = "b/c"'))["out"] == f"{tmp_path}/b/c"
+    assert read_recipe(write(tmp_path, "", "lpd-0.5.toml"))["out"] == f"{tmp_path}/lpd-0.5"
+
+
+def test_the_types_of_the_settings() -> None:
+    types = field_types()
+    assert types["res"] is int
+    assert types["cfg"] is float
+    assert types["out"] is str
+    assert types["force"] is bool
+    assert types["seed"] is int
+    assert list(types) == list(BuildRequest.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("res = 256\nstep = 20", 2, "there is no setting 'step'; there are model, res, steps,"),
+        ("\n\n'res' = '256'", 3, "res must be a whole number, but it is '256'"),
+        ("res = 256.0", 1, "res must be a whole number, but it is 256.0"),
+        ("steps = true", 1, "steps must be a whole number, but it is True"),
+        ("cfg = '3'", 1, "cfg must be a number, but it is '3'"),
+        ("cfg = false", 1, "cfg must be a number, but it is False"),
+        ("# hi\ncheckpoint = 3", 2, "checkpoint must be text in quotes, but it is 3"),
+        ("checkpoint = ['a']", 1, "checkpoint must be text in quotes"),
+        ("random-weights = 1", 1, "random-weights must be true or false, but it is 1"),
+        ("precision = 'fp8'", 1, "precision must be fp32 or bf16 or fp16 or int8, but it is 'fp8'"),
+        ("guidance = 'cosine'", 1, "guidance must be linear or constant"),
+        ("backend = 'tvm'", 1, "backend must be onnxruntime or"),
+        ("steps = 4\nforce = true", 2, "there is no setting 'force'"),
+        ("steps = 4\n\n[build]\nres = 256", 3, "there is no setting 'build'"),
+        ("model.name = 'lpd-l'", 1, "model must be text in quotes"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, text: str, line: int, message: str) -> None:
+    recipe = write(tmp_path, text)
+    said = mistake("build", recipe)
+    assert said.startswith(f"{recipe}, line {line}: {message}")
+    assert entries(tmp_path) == ["small.toml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"res = ", "is not TOML: Invalid value (at end of document)"),
+        (b"res = 256\nsteps 20", "is not TOML: Expected '=' after a key in a key/value pair (at"),
+        (b"res = 1\nres = 2", "is not TOML: Cannot overwrite a value"),
+        (b"a = " + b"[" * 10_000, "is not TOML"),
+        (b"PK\x03\x04\xff\xfe", "cannot read the recipe"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "small.toml").write_bytes(content)
+    assert message in mistake("build", tmp_path / "small.toml")
+
+
+def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, reason in (
+        (tmp_path / "gone.toml", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / ("a" * 300), "File name too long"),
+    ):
+        with pytest.raises(UserError, match=f"^cannot read the recipe {path}: {reason}$"):
+            read_recipe(path)

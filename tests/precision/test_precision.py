@@ -1,0 +1,430 @@
+"""Each precision is what it says, close to FP32, and refused where it cannot hold the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lpd_export import Pipeline, UserError
+from lpd_export.build.build import build
+from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
+from lpd_export.graphs import export
+from lpd_export.precision.calibration import (
+    Calibration,
+    Calibrator,
+    add_measurements,
+    calibration_images,
+    largest_magnitudes,
+    spread_labels,
+)
+from lpd_export.precision.casting import LARGEST, check_ranges, lower
+from lpd_export.precision.quantization import (
+    LEVELS,
+    quantizable_layers,
+    quantize,
+    quantize_weight,
+    simulate_layer,
+    step_of,
+)
+from lpd_export.precision.sensitivity import TARGETS, Chooser, mean_kl
+
+ROOT = Path(__file__).parents[2]
+COMPUTE = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Measured ranges are kept where no other run sees them."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "lpd-export"
+
+
+def build_demo(out: Path, **settings: object) -> Path:
+    recipe = read_recipe(ROOT / "tests" / "data" / "lpd-emoji32" / "recipe.toml")
+    return build(BuildRequest(**(recipe | {"out": str(out)} | settings)))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def fp16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_demo(tmp_path_factory.mktemp("fp16") / "demo", precision="fp16")
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_demo(tmp_path_factory.mktemp("int8") / "demo", precision="int8")
+
+
+def models(bundle: Path) -> dict[str, ir.Model]:
+    return {graph: ir.load(bundle / "onnx" / f"{graph}.onnx") for graph in GRAPH_NAMES}
+
+
+def proto(path: Path) -> onnx.GraphProto:
+    return onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
+
+
+def run_model(model: ir.Model, folder: Path, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Writes a model and runs it."""
+    folder.mkdir()
+    export.write_models({"model": model}, folder)
+    export.check_model(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(
+        folder / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+# ------------------------------------------------------------------------------------- casts
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_everything_is_in_the_compute_type_but_what_is_delicate(
+    emoji_bundle: Path, tmp_path: Path, precision: str
+) -> None:
+    lowered = models(emoji_bundle)
+    for model in lowered.values():
+        lower(model, precision)
+    export.write_models(lowered, tmp_path)
+    for graph in GRAPH_NAMES:
+        export.check_model(tmp_path / f"{graph}.onnx")
+        found = proto(tmp_path / f"{graph}.onnx")
+        resizes = {n.input[2] for n in found.node if n.op_type == "Resize"}
+        for tensor in found.initializer:
+            if tensor.data_type in FLOATS and tensor.name not in resizes:
+                assert tensor.data_type == COMPUTE[precision], tensor.name
+        for value in found.input:
+            if value.type.tensor_type.elem_type in FLOATS:
+                assert value.type.tensor_type.elem_type == COMPUTE[precision], value.name
+        for value in found.output:
+            if value.type.tensor_type.elem_type in FLOATS:
+                wanted = onnx.TensorProto.FLOAT if value.name == "logits" else COMPUTE[precision]
+                assert value.type.tensor_type.elem_type == wanted, value.name
+        for node in found.node:
+            if node.op_type in ("LayerNormalization", "GroupNormalization"):
+                stash = next(a.i for a in node.attribute if a.name == "stash_type")
+                assert stash == onnx.TensorProto.FLOAT, node.name
+
+
+def test_a_head_too_wide_for_fused_attention_has_its_softmax_in_float(tmp_path: Path) -> None:
+    shape = ir.Shape([1, 1, 6, 512])
+    inputs = [
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+        for name in ("query", "key", "value")
+    ]
+    node = ir.node("Attention", inputs, name="Attention")
+    node.outputs[0].name, node.outputs[0].dtype = "mixed", ir.DataType.FLOAT
+    node.outputs[0].shape = shape
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24}, name="test")
+    model = ir.Model(graph, ir_version=10)
+    lower(model, "fp16")
+    operators = [n.op_type for n in model.graph]
+    at = operators.index("Softmax")
+    assert operators[at - 1 : at + 2] == ["Cast", "Softmax", "Cast"]
+    assert "Attention" not in operators
+    rng = np.random.default_rng(0)
+    # Scores of thousands before the scale, which FP16 would hold badly after it was lost.
+    tensors = {v.name: 10 * rng.normal(size=(1, 1, 6, 512)).astype(np.float16) for v in inputs}
+    (out,) = run_model(model, tmp_path / "m", **tensors).values()
+    query, key, value = (torch.from_numpy(tensor).float() for tensor in tensors.values())
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert out.dtype == np.float16
+    np.testing.assert_allclose(out, expected.numpy(), atol=0.2)
+    assert np.abs(out - expected.numpy()).mean() < 0.02
+
+
+def test_fp16_bundle_is_half_the_size_and_draws_much_the_same(
+    emoji_bundle: Path, fp16_bundle: Path
+) -> None:
+    weights = [
+        (bundle / "onnx/weights.data").stat().st_size for bundle in (emoji_bundle, fp16_bundle)
+    ]
+    assert 0.48 < weights[1] / weights[0] < 0.53
+    exact, half = Pipeline.open(emoji_bundle), Pipeline.open(fp16_bundle)
+    images = exact.generate(list(range(6)), seed=4, batch=6)
+    expected = exact.teacher_forced_logits(images)
+    actual = half.teacher_forced_logits(images)
+    assert (expected.argmax(-1) == actual.argmax(-1)).float().mean() >= 0.99
+    assert mean_kl(expected.log_softmax(-1), actual.log_softmax(-1)) < 1e-4
+    tokens = np.stack([image.token_ids for image in images])
+    np.testing.assert_allclose(half.detokenize(tokens), exact.detokenize(tokens), atol=0.02)
+
+
+def test_largest_magnitudes_are_the_largest_magnitudes(tmp_path: Path) -> None:
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2, 2]))
+    doubled = ir.node("Add", [x, x], name="double")
+    squared = ir.node("Mul", [doubled.outputs[0], x], name="square")
+    for node in (doubled, squared):
+        node.outputs[0].name, node.outputs[0].dtype = node.name, ir.DataType.FLOAT
+        node.outputs[0].shape = ir.Shape([2, 2])
+    graph = ir.Graph(
+        [x], squared.outputs, nodes=[doubled, squared], opset_imports={"": 24}, name="test"
+    )
+    model = ir.Model(graph, ir_version=10)
+    names = add_measurements(model, largest_magnitudes(model))
+    out = run_model(model, tmp_path / "m", x=np.array([[1, -3], [2, 0]], np.float32))
+    assert dict(zip(names, out["measurements"].tolist(), strict=True)) == {
+        "double": 6.0,
+        "square": 18.0,
+    }
+
+
+def test_overflow_is_refused_and_named() -> None:
+    ranges = {"decode": {"a": 10.0, "blocks.3.fc1/MatMul": 70000.0}, "detokenize": {"b": 65504.0}}
+    with pytest.raises(UserError, match=r"blocks\.3\.fc1/MatMul of decode\.onnx reaches 7e\+04"):
+        check_ranges(ranges, "fp16")
+    check_ranges(ranges, "bf16")
+    check_ranges({"decode": {"a": LARGEST["fp16"]}}, "fp16")
+    for bad in (math.inf, math.nan):
+        with pytest.raises(UserError, match="a of decode"):
+            check_ranges({"decode": {"a": bad}}, "bf16")
+
+
+def test_a_model_that_overflows_fp16_is_not_built(small_weights: Path, tmp_path: Path) -> None:
+    """The classic black image: found at build time, with the node's name, nothing left behind."""
+    content = torch.load(small_weights / "lpd.pth")
+    content["model"]["blocks.1.mlp.fc2.bias"][3] = 1e5
+    broken = tmp_path / "broken.pth"
+    torch.save(content, broken)
+    request = BuildRequest(
+        checkpoint=str(broken),
+        tokenizer=str(small_weights / "vq.pt"),
+        out=str(tmp_path / "out"),
+        precision="fp16",
+    )
+    with pytest.raises(UserError, match=r"fp16 cannot hold this model: blocks\.1"):
+        build(request)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.pth"]
+
+
+# -------------------------------------------------------------------------------------- int8
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(6, 5), (4, 3, 3, 3)]), st.integers(0, 1))
+def test_quantized_weights_are_within_half_a_step(
+    seed: int, shape: tuple[int, ...], axis: int
+) -> None:
+    weight = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    weight[(slice(None),) * axis + (0,)] = 0
+    levels, scales = quantize_weight(weight, axis)
+    assert levels.dtype == np.int8
+    assert np.abs(levels.astype(int)).max() <= LEVELS
+    steps = scales.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+    assert (np.abs(levels * steps - weight) <= steps * 0.5001).all()
+
+
+def test_a_quantized_product_is_what_integers_give(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(8, 5)).astype(np.float32)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([3, 8]))
+    w = ir.Value(
+        name="w",
+        const_value=ir.tensor(weight, name="w"),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([8, 5]),
+    )
+    node = ir.node("MatMul", [x, w], name="layer/MatMul")
+    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+    node.outputs[0].shape = ir.Shape([3, 5])
+    graph = ir.Graph(
+        [x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 24}, name="test"
+    )
+    model = ir.Model(graph, ir_version=10)
+    (layer,) = quantizable_layers(model)
+    quantize(model, {layer.node: 2.0})
+    types = {name: value.dtype for name, value in model.graph.initializers.items()}
+    assert ir.DataType.FLOAT not in {t for name, t in types.items() if name == "w"}
+    values = rng.normal(size=(3, 8)).astype(np.float32)
+    (out,) = run_model(model, tmp_path / "m", x=values).values()
+    step = 2.0 / LEVELS
+    levels, scales = quantize_weight(weight, 1)
+    integers = np.clip(np.rint(values / step), -128, 127) @ levels.astype(np.float64)
+    np.testing.assert_allclose(out, integers * step * scales, rtol=1e-4, atol=1e-5)
+
+
+def test_every_product_and_convolution_of_the_bundle_is_quantized_or_named(
+    emoji_bundle: Path, int8_bundle: Path
+) -> None:
+    decided = Bundle.open(int8_bundle).manifest.calibration["quantization"]
+    for graph in GRAPH_NAMES:
+        layers = quantizable_layers(models(emoji_bundle)[graph])
+        found = proto(int8_bundle / "onnx" / f"{graph}.onnx")
+        producers = {output: node for node in found.node for output in node.output}
+        dequantized = {
+            node.name
+            for node in found.node
+            if node.op_type in ("MatMul", "Conv")
+            and all(
+                value in producers and producers[value].op_type == "DequantizeLinear"
+                for value in node.input[:2]
+            )
+        }
+        kept = set(decided[graph]["kept"])
+        assert dequantized == {layer.node for layer in layers} - kept, graph
+        assert decided[graph]["layers"] == len(layers)
+        stored = {t.name: t.data_type for t in found.initializer}
+        for layer in layers:
+            if layer.node in dequantized:
+                assert layer.weight not in stored, "the exact weight is still on disk"
+                assert stored[f"{layer.weight}/levels"] == onnx.TensorProto.INT8
+    decoder = proto(int8_bundle / "onnx" / "decode.onnx")
+    assert {n.op_type for n in decoder.node} >= {"LayerNormalization", "Attention", "Gelu"}
+
+
+def test_int8_stays_close_and_meets_its_targets(emoji_bundle: Path, int8_bundle: Path) -> None:
+    """On images that neither calibration nor decisions have seen."""
+    exact, rough = Pipeline.open(emoji_bundle), Pipeline.open(int8_bundle)
+    images = exact.generate(list(range(15)), seed=11, batch=5)
+    expected, actual = (p.teacher_forced_logits(images) for p in (exact, rough))
+    assert mean_kl(expected.log_softmax(-1), actual.log_softmax(-1)) < 0.02
+    assert (expected.argmax(-1) == actual.argmax(-1)).float().mean() >= 0.95
+    decided = Bundle.open(int8_bundle).manifest.calibration["quantization"]
+    for graph, target in TARGETS.items():
+        assert target.met(decided[graph]["value"]), graph
+    assert not torch.equal(expected, actual), "nothing was quantized"
+    size = (int8_bundle / "onnx/weights.data").stat().st_size
+    assert size < 0.35 * (emoji_bundle / "onnx/weights.data").stat().st_size
+
+
+def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path) -> None:
+    """A layer made hard to quantize is measured to be so, and kept back."""
+    bundle = Bundle.open(emoji_bundle)
+    graphs, scratch = tmp_path / "graphs", tmp_path / "scratch"
+    graphs.mkdir()
+    scratch.mkdir()
+    changed = models(emoji_bundle)
+    weight = changed["decode"].graph.initializers["blocks.2.fc1.weight"]
+    assert weight.const_value is not None
+    content = weight.const_value.numpy().copy()
+    content[0] = 0
+    content[0, ::7] = 1e4  # one input row dwarfs all others of these output channels
+    weight.const_value = ir.tensor(content, name=weight.name)
+    norm = changed["decode"].graph.initializers["blocks.2.norm2.weight"]
+    bias = changed["decode"].graph.initializers["blocks.2.norm2.bias"]
+    for value in (norm, bias):  # which is multiplied with exactly 0, so FP32 is as it was
+        assert value.const_value is not None
+        zeroed = value.const_value.numpy().copy()
+        zeroed[0] = 0
+        value.const_value = ir.tensor(zeroed, name=value.name)
+    export.write_models(changed, graphs)
+    calibrator = Calibrator(graphs, scratch, bundle.manifest, bundle.schedule())
+    layers = calibrator.layers(calibrator.ranges())["decode"]
+    noisiest = max(layers, key=lambda node: layers[node].noise)
+    assert noisiest == "blocks.2.fc1/MatMul"
+    chooser = Chooser(graphs, scratch, bundle.manifest, bundle.schedule())
+    ranges, decision = chooser.choose("decode", layers)
+    assert noisiest not in ranges
+    assert decision.kept[noisiest] == layers[noisiest].noise
+    assert decision.value <= decision.limit
+    assert list(scratch.iterdir()) == []
+
+
+def test_simulation_leaves_the_graph_as_it_is(emoji_bundle: Path) -> None:
+    model = models(emoji_bundle)["decode"]
+    before = [node.name for node in model.graph]
+    inputs = {n.name: [v.name for v in n.inputs if v is not None] for n in model.graph}
+    layer = quantizable_layers(model)[0]
+    simulate_layer(model, layer, 1.0, weight=True)
+    after = {n.name: [v.name for v in n.inputs if v is not None] for n in model.graph}
+    assert [name for name in after if name in before] == before
+    assert {name: after[name] for name in before} == inputs
+
+
+def test_measurements_are_kept_by_content(
+    own_cache: Path, int8_bundle: Path, tmp_path: Path
+) -> None:
+    files = {path: path.stat().st_mtime_ns for path in own_cache.glob("calibration-*.json")}
+    assert files
+    told: list[str] = []
+    recipe = read_recipe(ROOT / "tests" / "data" / "lpd-emoji32" / "recipe.toml")
+    request = BuildRequest(**(recipe | {"out": str(tmp_path / "again"), "precision": "int8"}))  # type: ignore[arg-type]
+    build(request, report=told.append)
+    assert any("taking measured ranges" in line for line in told)
+    assert {p: p.stat().st_mtime_ns for p in own_cache.glob("calibration-*.json")} == files
+    weights = [
+        (folder / "onnx/weights.data").read_bytes() for folder in (int8_bundle, tmp_path / "again")
+    ]
+    assert weights[0] == weights[1]
+    other = BuildRequest(
+        **(recipe | {"out": str(tmp_path / "other"), "precision": "fp16", "cfg": 2.0})  # type: ignore[arg-type]
+    )
+    build(other)
+    assert len(list(own_cache.glob("calibration-*.json"))) > len(files)
+
+
+def test_a_calibration_survives_its_file(own_cache: Path, int8_bundle: Path) -> None:
+    for path in own_cache.glob("calibration-*.json"):
+        calibration = Calibration.from_json(path.read_text())
+        assert json.loads(calibration.to_json()) == json.loads(path.read_text())
+
+
+@given(st.integers(1, 1000), st.integers(1, 12))
+def test_calibration_classes_are_valid_and_spread(num_classes: int, count: int) -> None:
+    labels = spread_labels(num_classes, count)
+    assert len(labels) == count
+    assert all(0 <= label < num_classes for label in labels)
+    assert len(set(labels)) == min(num_classes, count)
+
+
+@given(st.integers(8, 2048))
+def test_small_images_are_measured_in_greater_number(resolution: int) -> None:
+    count = calibration_images(resolution)
+    assert 4 <= count <= 16
+    assert count == 16 or count * resolution**2 >= 4 * 256**2 - resolution**2
+    assert calibration_images(resolution + 1) <= count
+
+
+def test_kl_is_zero_for_itself_and_what_it_is_otherwise() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    q = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    assert mean_kl(p, p) == 0
+    assert mean_kl(p, q) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+
+
+def test_a_layer_that_was_never_used_is_quantized_without_a_division_by_zero() -> None:
+    assert step_of(0.0) > 0
+    assert step_of(2.0) == 2.0 / LEVELS
+
+
+def test_a_damaged_measurement_is_made_again(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told: list[str] = []
+
+    def build_in(out: str) -> None:
+        request = BuildRequest(
+            checkpoint=str(small_weights / "lpd.pth"),
+            tokenizer=str(small_weights / "vq.pt"),
+            steps=4,
+            precision="fp16",
+            out=str(tmp_path / out),
+        )
+        build(request, report=told.append)
+
+    build_in("first")
+    (kept,) = (tmp_path / "cache").rglob("calibration-*.json")
+    whole = kept.read_text()
+    kept.write_text(whole[:100])
+    build_in("second")
+    assert f"{kept} is damaged: measuring again" in told
+    assert json.loads(kept.read_text()) == json.loads(whole)
+    kept.unlink()
+    kept.parent.rmdir()
+    kept.parent.write_text("a file where the folder should be")
+    build_in("third")
+    assert any(line.startswith("what was measured is not kept") for line in told)

@@ -1,0 +1,389 @@
+"""The runtime gives the reference's tokens and images, whatever the batch and the settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import golden
+import lpd_reference
+from lpd_export import Pipeline, UserError
+from lpd_export.graphs import export
+from lpd_export.runtime.generator import Dimensions, Generator
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+from lpd_export.runtime.pipeline import Progress
+from lpd_export.runtime.randomness import image_randomness
+from lpd_export.runtime.sampler import Sampling, guide, sample
+from lpd_export.schedule.schedule import Schedule, phase_table
+from lpd_reference import LPD, VQTokenizer
+from lpd_reference.generate import draw, filter_logits, guidance_scale
+
+MODELS = Path(__file__).parents[1] / "data" / "lpd-emoji32"
+
+
+def make_generator(folder: Path, model: LPD, tokenizer: VQTokenizer, sizes: list[int]) -> Generator:
+    config = model.config
+    models = {
+        "decode": export.export_decode(model),
+        "detokenize": export.export_detokenize(tokenizer, config.grid),
+    }
+    export.write_models(models, folder)
+    executor = OnnxRuntimeExecutor({name: folder / f"{name}.onnx" for name in models})
+    dimensions = Dimensions(
+        depth=config.depth,
+        heads=config.heads,
+        head_dim=config.head_dim,
+        cells=config.cells,
+        vocab_size=config.vocab_size,
+        num_classes=config.num_classes,
+        image_size=config.grid * tokenizer.config.stride,
+    )
+    return Generator(executor, dimensions, phase_table(sizes))
+
+
+@pytest.fixture(scope="module")
+def demo_reference() -> tuple[LPD, VQTokenizer]:
+    return (
+        lpd_reference.load_lpd(MODELS / "lpd_emoji32.pth"),
+        lpd_reference.load_tokenizer(MODELS / "vq_emoji32.pt"),
+    )
+
+
+@pytest.fixture(scope="module")
+def pipeline(emoji_bundle: Path) -> Pipeline:
+    return Pipeline.open(emoji_bundle)
+
+
+# ------------------------------------------------------------------- equal to the reference
+
+
+@pytest.mark.parametrize("name", golden.LPD_NAMES)
+def test_golden_tokens(name: str, tmp_path: Path) -> None:
+    """Greedy tokens of the authors' implementation, with guidance, without, and without class."""
+    vectors = golden.read(name)
+    model, expect = golden.lpd(vectors), vectors.expect
+    tokenizer = golden.tokenizer(golden.read("vq_f4"))
+    generator = make_generator(tmp_path, model, tokenizer, vectors.config["group_sizes"])
+    labels = expect["labels"].tolist()
+    guided = Sampling(
+        cfg=vectors.config["cfg_scale"], guidance=vectors.config["cfg_schedule"], top_k=1
+    )
+    uniform = torch.rand(expect["orders"].shape, dtype=torch.float64)
+    for case, case_labels, sampling in (
+        ("guided", labels, guided),
+        ("plain", labels, Sampling(top_k=1)),
+        ("null", [None] * len(labels), Sampling(top_k=1)),
+    ):
+        token_ids, images = generator.generate(case_labels, expect["orders"], uniform, sampling)
+        assert token_ids.equal(expect[f"{case}.tokens"]), case
+        expected_images = tokenizer.decode(expect[f"{case}.tokens"])
+        torch.testing.assert_close(images, expected_images, rtol=0, atol=1e-4)
+
+
+SETTINGS = [
+    Sampling(cfg=3.0),
+    Sampling(cfg=1.0),
+    Sampling(cfg=4.0, guidance="constant"),
+    Sampling(cfg=2.0, temperature=0.7, top_k=50),
+    Sampling(cfg=3.0, top_p=0.9),
+    Sampling(cfg=3.0, temperature=1.3, top_k=200, top_p=0.8),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_demo_images_equal_the_reference(
+    pipeline: Pipeline, demo_reference: tuple[LPD, VQTokenizer], sampling: Sampling
+) -> None:
+    """The same labels, orders and uniform numbers: every token, and pixels within 1e-3."""
+    model, tokenizer = demo_reference
+    schedule = pipeline.choose_schedule(None)
+    labels = {index: index for index in range(5)}
+    images = list(pipeline.stream(dict(labels), seed=7, sampling=sampling, batch=5))
+    chances = [image_randomness(7, index, 256, schedule.count) for index in labels]
+    orders = np.stack([schedule.orders[chance.order_index] for chance in chances])
+    expected = lpd_reference.generate(
+        model,
+        torch.tensor(list(labels.values())),
+        torch.from_numpy(orders.astype(np.int64)),
+        schedule.group_sizes.tolist(),
+        torch.from_numpy(np.stack([chance.uniform for chance in chances])),
+        cfg=sampling.cfg,
+        guidance=sampling.guidance,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+    )
+    token_ids = np.stack([image.token_ids for image in images])
+    np.testing.assert_array_equal(token_ids, expected.token_ids.numpy())
+    np.testing.assert_allclose(
+        pipeline.detokenize(token_ids), tokenizer.decode(expected.token_ids).numpy(), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("mutual_visibility", [True, False])
+def test_logits_equal_the_references_teacher_forced_pass(
+    emoji_bundle: Path, demo_reference: tuple[LPD, VQTokenizer], mutual_visibility: bool
+) -> None:
+    """Step by step with a cache, and in one pass: two ways to the same logits."""
+    pipeline = Pipeline.open(emoji_bundle, mutual_visibility=mutual_visibility)
+    images = pipeline.generate([3], cfg=1.0)
+    schedule, token_ids = pipeline.choose_schedule(None), torch.from_numpy(images[0].token_ids)
+    order = torch.from_numpy(schedule.orders[[images[0].order_index]].astype(np.int64))
+    sizes = schedule.group_sizes.tolist()
+    with torch.inference_mode():
+        expected = demo_reference[0](
+            token_ids[None], torch.tensor([3]), order, sizes, mutual_visibility
+        )
+    torch.testing.assert_close(
+        pipeline.teacher_forced_logits(images), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_images_without_a_class_equal_the_reference(
+    pipeline: Pipeline, demo_reference: tuple[LPD, VQTokenizer]
+) -> None:
+    schedule = pipeline.choose_schedule(None)
+    # Beside an image with a class, whose guidance must not touch them.
+    images = pipeline.generate([None, "heart", None], seed=3, batch=3)
+    for index in (0, 2):
+        chance = image_randomness(3, index, 256, schedule.count)
+        expected = lpd_reference.generate(
+            demo_reference[0],
+            None,
+            torch.from_numpy(schedule.orders[[chance.order_index]].astype(np.int64)),
+            schedule.group_sizes.tolist(),
+            torch.from_numpy(chance.uniform[None]),
+        )
+        np.testing.assert_array_equal(images[index].token_ids, expected.token_ids[0].numpy())
+
+
+def test_tokenize_and_detokenize_equal_the_reference(
+    pipeline: Pipeline, demo_reference: tuple[LPD, VQTokenizer]
+) -> None:
+    tokenizer = demo_reference[1]
+    token_ids = np.random.default_rng(0).integers(1024, size=(3, 256))
+    images = pipeline.detokenize(token_ids)
+    expected = tokenizer.decode(torch.from_numpy(token_ids))
+    np.testing.assert_allclose(images, expected.numpy(), atol=1e-4)
+    np.testing.assert_array_equal(pipeline.tokenize(images), tokenizer.encode(expected).numpy())
+
+
+# --------------------------------------------------------------------------- the same image
+
+
+def test_an_image_is_the_same_in_any_batch_and_order(pipeline: Pipeline) -> None:
+    sampling = pipeline.sampling()
+    labels: dict[int, int | None] = {0: 13, 1: 2, 2: None, 3: 8, 4: 13, 5: 1, 9: 4}
+    alone = {i.index: i for i in pipeline.stream(labels, seed=5, sampling=sampling, batch=1)}
+    for batch in (2, 3, 7):
+        for image in pipeline.stream(labels, seed=5, sampling=sampling, batch=batch):
+            np.testing.assert_array_equal(image.token_ids, alone[image.index].token_ids)
+            difference = image.pixels.astype(int) - alone[image.index].pixels
+            assert np.abs(difference).max() <= 1
+    (later,) = pipeline.stream({9: 4}, seed=5, sampling=sampling)
+    np.testing.assert_array_equal(later.token_ids, alone[9].token_ids)
+
+
+def test_seeds_and_indices_give_other_images(pipeline: Pipeline) -> None:
+    first, second = pipeline.generate(["heart", "heart"], seed=0)
+    (other,) = pipeline.generate(["heart"], seed=1)
+    (again,) = pipeline.generate(["heart"], seed=0)
+    assert not np.array_equal(first.token_ids, second.token_ids)
+    assert not np.array_equal(first.token_ids, other.token_ids)
+    np.testing.assert_array_equal(first.pixels, again.pixels)
+
+
+def test_a_returned_image_is_not_overwritten_by_the_next(pipeline: Pipeline) -> None:
+    images = pipeline.stream({0: 13, 1: 2}, seed=0, sampling=pipeline.sampling())
+    first = next(images)
+    pixels, token_ids = first.pixels.copy(), first.token_ids.copy()
+    next(images)
+    np.testing.assert_array_equal(first.pixels, pixels)
+    np.testing.assert_array_equal(first.token_ids, token_ids)
+
+
+def test_randomness_never_changes_between_versions() -> None:
+    """Seeds are promises: these numbers may not change."""
+    chance = image_randomness(seed=1, image_index=2, cells=4, orders=64)
+    assert chance.order_index == ORDER_INDEX
+    np.testing.assert_allclose(chance.uniform, UNIFORM, rtol=1e-12)
+
+
+ORDER_INDEX = 29
+UNIFORM = [0.2774711934347405, 0.8321883614772233, 0.9290694774039243, 0.6036086831245772]
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(1, 100))
+def test_randomness_is_a_function_of_seed_and_index(seed: int, index: int, orders: int) -> None:
+    first = image_randomness(seed, index, 16, orders)
+    again = image_randomness(seed, index, 16, orders)
+    assert first.order_index == again.order_index < orders
+    np.testing.assert_array_equal(first.uniform, again.uniform)
+    assert ((first.uniform >= 0) & (first.uniform < 1)).all()
+    other = image_randomness(seed ^ 1, index, 16, orders)
+    assert not np.array_equal(first.uniform, other.uniform)
+
+
+# ---------------------------------------------------------------------------------- sampler
+
+
+def random_logits(seed: int, shape: tuple[int, ...], spread: float) -> Tensor:
+    return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.01, 1.0, 5.0, 50.0]),
+    temperature=st.sampled_from([0.1, 1.0, 2.5]),
+    top_k=st.none() | st.integers(1, 40),
+    top_p=st.none() | st.floats(0.01, 1.0),
+)
+def test_sampler_draws_what_the_reference_draws(
+    seed: int, spread: float, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    logits = random_logits(seed, (2, 3, 32), spread)
+    uniform = torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    expected = draw(filter_logits(logits / temperature, top_k, top_p), uniform)
+    assert sample(logits, uniform, sampling).equal(expected)
+
+
+def test_sampler_stays_in_the_vocabulary_at_the_ends() -> None:
+    logits = torch.full((1, 2, 8), -torch.inf)
+    logits[..., 3] = 0.0
+    for end in (0.0, 1 - 2**-53):
+        uniform = torch.full((1, 2), end, dtype=torch.float64)
+        assert sample(logits, uniform, Sampling()).eq(3).all()
+    broken = torch.full((1, 2, 8), torch.nan)
+    assert sample(broken, torch.zeros(1, 2, dtype=torch.float64), Sampling()).lt(8).all()
+
+
+def test_guidance_is_the_references() -> None:
+    logits = random_logits(0, (4, 3, 8), 1.0)
+    for guidance in ("linear", "constant"):
+        scale = Sampling(cfg=4.8, guidance=guidance).scale(16)
+        torch.testing.assert_close(scale, guidance_scale(4.8, guidance, 16), rtol=0, atol=1e-6)
+        expected = logits[2:] + scale[:3, None] * (logits[:2] - logits[2:])
+        assert guide(logits, scale[:3]).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cfg", -1.0),
+        ("cfg", float("nan")),
+        ("cfg", float("inf")),
+        ("guidance", "cosine"),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", float("nan")),
+    ],
+)
+def test_settings_out_of_range_are_refused(field: str, value: float | str) -> None:
+    with pytest.raises(UserError, match=str(value)):
+        Sampling(**{field: value})  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------ the machine
+
+
+def test_caches_are_updated_in_place_and_buffers_are_reused(tmp_path: Path) -> None:
+    vectors = golden.read("lpd_grid4")
+    model, expect = golden.lpd(vectors), vectors.expect
+    bound: list[dict[str, int]] = []
+
+    class Recording(OnnxRuntimeExecutor):
+        def bind(self, graph: str, tensors: dict[str, Tensor]):  # type: ignore[no-untyped-def, override]
+            bound.append({name: tensor.data_ptr() for name, tensor in tensors.items()})
+            return super().bind(graph, tensors)
+
+    tokenizer = golden.tokenizer(golden.read("vq_f4"))
+    generator = make_generator(tmp_path, model, tokenizer, vectors.config["group_sizes"])
+    files = {name: tmp_path / f"{name}.onnx" for name in ("decode", "detokenize")}
+    generator._executor = Recording(files)
+    labels, orders = expect["labels"].tolist(), expect["orders"]
+    uniform = torch.zeros(orders.shape, dtype=torch.float64)
+    first = [t.data_ptr() for t in generator.generate(labels, orders, uniform, Sampling(cfg=2.0))]
+    count = len(bound)
+    second = [t.data_ptr() for t in generator.generate(labels, orders, uniform, Sampling(cfg=3.0))]
+    assert first == second
+    assert len(bound) == count, "a second generation of the same batch size bound anew"
+    decode = [addresses for addresses in bound if "logits" in addresses]
+    assert len(decode) == len(vectors.config["group_sizes"])
+    for addresses in decode:
+        for past in export.cache_names("past", model.config.depth):
+            assert addresses[past] == addresses[past.replace("past", "present")]
+            assert addresses[past] == decode[0][past]
+
+
+def test_nan_is_noticed_and_named(tmp_path: Path) -> None:
+    vectors = golden.read("lpd_grid4")
+    model, expect = golden.lpd(vectors), vectors.expect
+    # Reached only by a step that looks at this cell.
+    cell = int(expect["orders"][0, 5])
+    model.pos_embed[0, cell + 1] = torch.nan
+    tokenizer = golden.tokenizer(golden.read("vq_f4"))
+    sizes = vectors.config["group_sizes"]
+    generator = make_generator(tmp_path, model, tokenizer, sizes)
+    orders = expect["orders"][:1]
+    uniform = torch.zeros(orders.shape, dtype=torch.float64)
+    step = next(p.index for p in phase_table(sizes) if p.first_cell + p.queries > 5)
+    with pytest.raises(UserError, match=f"step {step} .*NaN"):
+        generator.generate([0], orders, uniform, Sampling())
+
+
+def test_progress_tells_each_step_of_each_batch(pipeline: Pipeline) -> None:
+    told: list[Progress] = []
+    pipeline.generate([0, 1, 2], batch=2, progress=told.append)
+    assert told == [
+        *(Progress(0, 2, step, 20) for step in range(1, 21)),
+        *(Progress(2, 1, step, 20) for step in range(1, 21)),
+    ]
+
+
+def test_another_schedule_is_followed(pipeline: Pipeline, tmp_path: Path) -> None:
+    schedule = Schedule.make(16, steps=8, kind="random", count=2)
+    schedule.save(tmp_path / "random.npz")
+    (given,) = pipeline.generate([13], schedule=schedule)
+    (read,) = pipeline.generate([13], schedule=tmp_path / "random.npz")
+    (own,) = pipeline.generate([13])
+    np.testing.assert_array_equal(given.token_ids, read.token_ids)
+    assert not np.array_equal(given.token_ids, own.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"classes": ["hart"]}, "did you mean 'heart'"),
+        ({"classes": [15]}, "0 to 14"),
+        ({"classes": [0], "batch": 0}, "batch size must be at least 1"),
+        ({"classes": [0], "seed": -1}, "seed"),
+        ({"classes": [0], "seed": 2**64}, "seed"),
+        ({"classes": [0], "top_p": 2.0}, "top-p"),
+        ({"classes": [0], "schedule": Schedule.make(8, 4, count=1)}, "8x8 grid"),
+    ],
+)
+def test_wrong_arguments_are_answered(
+    pipeline: Pipeline, arguments: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        pipeline.generate(**arguments)  # type: ignore[arg-type]
+
+
+def test_wrong_tensors_are_answered(pipeline: Pipeline) -> None:
+    with pytest.raises(UserError, match="below 1024"):
+        pipeline.detokenize(np.full((1, 256), 1024))
+    with pytest.raises(UserError, match="256"):
+        pipeline.detokenize(np.zeros((1, 64), np.int64))
+    with pytest.raises(UserError, match="32, 32"):
+        pipeline.tokenize(np.zeros((1, 3, 16, 16), np.float32))

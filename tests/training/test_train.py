@@ -1,0 +1,636 @@
+"""Training from a folder of images: what is drawn, resuming, exporting, and wrong input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors import safe_open
+
+from lpd_export.schedule.schedule import group_sizes
+from lpd_reference import LPDConfig, VQConfig, VQTokenizer, load_lpd, load_tokenizer
+from lpd_reference.lpd import LPD
+from training.command import TrainingOptions
+from training.data import (
+    ImageSet,
+    TrainingError,
+    augment,
+    batch_of_step,
+    class_weights,
+    load_image_set,
+    seeded,
+    to_signed,
+)
+from training.loop import (
+    CHECKPOINT,
+    LOG,
+    Recipe,
+    RunFolder,
+    config_of,
+    export_average,
+    learning_rate,
+    read_checkpoint,
+    train,
+)
+from training.lpd import LPDTask, make_layout, query_features
+from training.tokenizer import TokenizerTask, kmeans
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CPU = torch.device("cpu")
+CLASSES = ("bar", "square")
+LPD_CONFIG = LPDConfig(dim=64, depth=2, heads=1, grid=8, num_classes=2, vocab_size=32)
+VQ_CONFIG = VQConfig(
+    channels=32,
+    channel_multipliers=(1, 1),
+    num_res_blocks=1,
+    z_channels=32,
+    codebook_size=32,
+)
+TOKENIZER_OPTIONS = (
+    "--batch-size=2",
+    "--multipliers=1,1",
+    "--z-channels=32",
+    "--codebook-size=32",
+    "--codebook-start=2",
+    "--revive-every=2",
+    "--warmup-steps=1",
+    "--workers=1",
+    "--validate-every=4",
+)
+LPD_OPTIONS = (
+    "--batch-size=2",
+    "--dim=64",
+    "--depth=1",
+    "--heads=1",
+    "--warmup-steps=1",
+    "--workers=1",
+    "--schedules=8:1,4:1",
+    "--validate-every=4",
+)
+
+
+def picture(kind: int, number: int) -> np.ndarray:
+    """A bar or a square of 16x16 pixels in one of some colours, on white."""
+    pixels = np.full((16, 16, 3), 255, np.uint8)
+    colour = np.array([(200, 30, 40), (30, 60, 200), (20, 150, 60), (240, 200, 40)][number % 4])
+    if kind:
+        pixels[4:12, 4:12] = colour
+    else:
+        pixels[6:10] = colour
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images in the layout that training reads."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    for split, count in (("train", 4), ("validation", 2)):
+        for kind, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(picture(kind, number)).save(root / split / name / f"{number}.png")
+    (root / "classes.json").write_text(json.dumps(CLASSES))
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(folder: Path) -> ImageSet:
+    return load_image_set(folder, "train")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> VQTokenizer:
+    return VQTokenizer(VQ_CONFIG).initialize(0).requires_grad_(False)
+
+
+def recipe(steps: int, **changes: Any) -> Recipe:
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "warmup_steps": 2,
+        "precision": "fp32",
+    }
+    return Recipe(steps=steps, **settings | changes)
+
+
+def tokenizer_task(recipe: Recipe, images: ImageSet) -> TokenizerTask:
+    return TokenizerTask(VQ_CONFIG, recipe, images, images, CPU, codebook_start=2, revive_every=2)
+
+
+def lpd_task(recipe: Recipe, images: ImageSet, tokenizer: VQTokenizer, **changes: Any) -> LPDTask:
+    weights = changes.pop("group_weights", {8: 1.0, 4: 1.0})
+    return LPDTask(
+        LPD_CONFIG,
+        recipe,
+        images,
+        images,
+        tokenizer,
+        CPU,
+        group_sizes={steps: group_sizes(LPD_CONFIG.cells, steps).tolist() for steps in weights},
+        group_weights=weights,
+        **changes,
+    )
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint says of the model, its average and its optimizer."""
+    checkpoint = read_checkpoint(run)
+    assert checkpoint is not None
+    state = checkpoint["optimizer"]["state"]
+    return {
+        **{f"model {name}": tensor for name, tensor in checkpoint["model"].items()},
+        **{f"average {name}": tensor for name, tensor in checkpoint["average"].items()},
+        **{f"{number} {name}": t for number in state for name, t in state[number].items()},
+        **checkpoint["task"],
+    }
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    first, second = weights(run), weights(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+# ----------------------------------------------------------------------------------- the images
+
+
+def test_folder_becomes_pixels_and_labels(images: ImageSet) -> None:
+    assert images.pixels.shape == (8, 16, 16, 3)
+    assert images.pixels.dtype == torch.uint8
+    assert images.labels.tolist() == [0] * 4 + [1] * 4
+    assert images.class_names == CLASSES
+    assert np.array_equal(images.pixels[5].numpy(), picture(1, 1))
+
+
+def test_transparent_pixels_become_white(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "classes.json").write_text('["a"]')
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "train" / "a" / "x.png")
+    assert bool((load_image_set(tmp_path, "train").pixels == 255).all())
+
+
+def test_augmentation_follows_from_the_seed_and_keeps_white(images: ImageSet) -> None:
+    first, again = (augment(images.pixels, seeded(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, augment(images.pixels, seeded(4)))
+    assert first.shape == (8, 3, 16, 16)
+    assert float(first.min()) >= -1
+    white = torch.full((8, 16, 16, 3), 255, dtype=torch.uint8)
+    torch.testing.assert_close(augment(white, seeded(5)), torch.ones(8, 3, 16, 16))
+    # Small: the corner stays white, and something of the shape stays in the middle.
+    assert float(first[:, :, 0, 0].min()) > 0.99
+    assert float((first - to_signed(images.pixels)).abs().mean()) < 0.3
+
+
+def test_last_steps_see_the_images_as_they_are(images: ImageSet, tokenizer: VQTokenizer) -> None:
+    changed = lpd_task(recipe(10), images, tokenizer)
+    task = lpd_task(recipe(10), images, tokenizer, augment_until=0.65)
+    plain = to_signed(images.pixels)
+    for step in range(10):
+        batch, other = task.batch(step), changed.batch(step)
+        seen = [bool((image == plain).flatten(1).all(dim=1).any()) for image in batch["images"]]
+        if step < 7:
+            assert torch.equal(batch["images"], other["images"])
+            assert not all(seen)
+        else:
+            assert all(seen)
+        for name in ("labels", "orders", "nulls", "kept_channels"):
+            assert torch.equal(batch[name], other[name])
+    assert task.settings() != changed.settings()
+
+
+def test_every_image_is_seen_before_any_is_seen_again() -> None:
+    even = class_weights(torch.zeros(10, dtype=torch.int64), balance=0.5)
+    seen = torch.cat([batch_of_step(step, 4, even, seed=1) for step in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"), [(0.0, (90, 10)), (0.5, (75, 25)), (1.0, (50, 50))]
+)
+def test_rare_classes_are_drawn_as_often_as_asked(
+    balance: float, expected: tuple[int, int]
+) -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    drawn = batch_of_step(0, 1000, class_weights(labels, balance), seed=2)
+    for label, share in enumerate(expected):
+        assert abs(int((labels[drawn] == label).sum()) - 10 * share) <= 10
+
+
+# -------------------------------------------------------------------------------- what is drawn
+
+
+def test_learning_rate_warms_up_stays_and_falls() -> None:
+    plan = recipe(110, learning_rate=1.0, warmup_steps=10, stable=0.5)
+    rates = [learning_rate(step, plan) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[10:61] == pytest.approx([1.0] * 51)
+    assert all(after < before for before, after in pairwise(rates[60:]))
+    assert rates[85] == pytest.approx(0.01 + 0.99 / 2)
+    assert rates[-1] < 0.012
+    cosine = recipe(100, learning_rate=1.0, warmup_steps=0)
+    assert learning_rate(25, cosine) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_group_sizes_are_drawn_from_the_list(images: ImageSet, tokenizer: VQTokenizer) -> None:
+    task = lpd_task(recipe(10), images, tokenizer, group_weights={16: 1.0, 8: 3.0, 4: 1.0})
+    drawn = Counter(task.draw_steps(step) for step in range(1000))
+    assert set(drawn) == {16, 8, 4}
+    assert 550 < drawn[8] < 650
+    assert task.validation_steps == 8
+
+
+def test_conditions_are_replaced_at_the_stated_rate(
+    images: ImageSet, tokenizer: VQTokenizer
+) -> None:
+    task = lpd_task(recipe(10, batch_size=16), images, tokenizer, null_share=0.25)
+    share = torch.cat([task.draw_nulls(step) for step in range(500)]).float().mean()
+    assert abs(float(share) - 0.25) < 0.02
+    # A sample whose condition is replaced learns nothing of its class.
+    batch = task.batch(0)
+    for nulls, learned in ((True, False), (False, True)):
+        batch["nulls"][:] = nulls
+        loss = task.loss(0, batch).loss
+        of_classes, of_null = torch.autograd.grad(
+            loss, [task.model.class_emb.weight, task.model.fake_latent]
+        )
+        assert bool(of_classes.any()) is learned
+        assert bool(of_null.any()) is not learned
+
+
+def test_orders_are_permutations_and_change(images: ImageSet, tokenizer: VQTokenizer) -> None:
+    task = lpd_task(recipe(10), images, tokenizer)
+    orders = torch.cat([task.batch(step)["orders"] for step in range(3)])
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(64).expand(12, 64))
+    assert len({tuple(order) for order in orders.tolist()}) == 12
+
+
+# ------------------------------------------------------------------------------------ the losses
+
+
+@pytest.mark.parametrize("sizes", [[1] * 256, [1, 100, 155], [256], [1, 3, 60, 64, 64, 64]])
+def test_training_pass_equals_the_reference(sizes: list[int]) -> None:
+    config = LPDConfig(dim=32, depth=2, heads=2, grid=16, num_classes=3, vocab_size=16)
+    model = LPD(config).initialize(0)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(16, (2, 256), generator=generator)
+    orders = torch.rand(2, 256, generator=generator).argsort(dim=1)
+    labels = torch.tensor([0, 2])
+    layout = make_layout(sizes, CPU, torch.float32)
+    condition = model.condition(labels, 2)
+    logits = model.head(query_features(model, tokens, condition, orders, layout))
+    expected = model(tokens, labels, orders, sizes)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-6)
+    used = [parameter for name, parameter in model.named_parameters() if name != "fake_latent"]
+    gradients = torch.autograd.grad(logits.square().sum(), used)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), used)
+    for gradient, right in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-5 * float(right.abs().max()))
+
+
+def test_kmeans_finds_the_clusters() -> None:
+    generator = seeded(1)
+    centres = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=1)
+    # One cluster is a thousand times as large, as that of a blank background is.
+    counts = torch.tensor([5000, 5, 5, 5, 5, 5])
+    latents = centres.repeat_interleave(counts, dim=0)
+    latents = latents + 0.01 * torch.randn(latents.shape, generator=generator)
+    found = kmeans(torch.nn.functional.normalize(latents, dim=1), 12, generator)
+    assert float((centres @ found.T).amax(dim=1).min()) > 0.999
+
+
+def test_tokenizer_learns_and_uses_its_codebook(images: ImageSet, tmp_path: Path) -> None:
+    plan = recipe(60, average_decay=0.9)
+    task = tokenizer_task(plan, images)
+    before = task.validate(task.model)["validation_psnr"]
+    figures = train(task, plan, tmp_path / "run", validate_every=1000)
+    lines = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert figures["validation_psnr"] > before + 3
+    assert figures["codebook_usage"] > 0.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lpd_learns(
+    images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path, precision: str
+) -> None:
+    plan = recipe(60, precision=precision, average_decay=0.9, batch_size=8)
+    task = lpd_task(plan, images, tokenizer)
+    untrained = task.validate(task.model)["validation_loss"]
+    assert abs(untrained - math.log(32)) < 0.1
+    figures = train(task, plan, tmp_path / "run", validate_every=1000)
+    assert figures["validation_loss"] < 0.85 * untrained
+
+
+# ----------------------------------------------------------------------------- stopping, resuming
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(
+    images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path
+) -> None:
+    plan = recipe(3)
+    for workers in (1, 3):
+        train(lpd_task(plan, images, tokenizer), plan, tmp_path / str(workers), workers=workers)
+    first, second = weights(tmp_path / "1"), weights(tmp_path / "3")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "lpd"])
+def test_resumed_run_equals_an_uninterrupted_one(
+    kind: str,
+    images: ImageSet,
+    tokenizer: VQTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = recipe(6)
+
+    def new_task() -> Any:
+        if kind == "tokenizer":
+            return tokenizer_task(plan, images)
+        return lpd_task(plan, images, tokenizer)
+
+    train(new_task(), plan, tmp_path / "straight", log_every=1)
+    task = new_task()
+    batch = task.batch
+
+    def killed(step: int) -> Any:
+        if step == 4:
+            raise KeyboardInterrupt  # as abrupt as a kill: nothing is saved on the way out
+        return batch(step)
+
+    monkeypatch.setattr(task, "batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(task, plan, tmp_path / "cut", log_every=1, checkpoint_minutes=0)
+    # As if the last checkpoint were older than the log.
+    checkpoint = read_checkpoint(tmp_path / "cut")
+    assert checkpoint is not None
+    assert checkpoint["step"] == 4
+    with open(tmp_path / "cut" / LOG, "a") as file:
+        file.write('{"step": 5}\n{"step": 6, "lo')
+    train(new_task(), plan, tmp_path / "cut", log_every=1)
+    assert_same_weights(tmp_path / "straight", tmp_path / "cut")
+
+    def losses(run: str) -> list[tuple[int, float]]:
+        lines = (tmp_path / run / LOG).read_text().splitlines()
+        return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+    assert losses("cut") == losses("straight")
+    assert len(losses("cut")) == 6
+
+
+def test_run_can_be_extended_but_not_shortened(
+    images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path
+) -> None:
+    for steps in (3, 5):
+        plan = recipe(steps)
+        assert train(lpd_task(plan, images, tokenizer), plan, tmp_path)["step"] == steps
+    plan = recipe(4)
+    with pytest.raises(TrainingError, match="taken 5 steps already: give --steps 5 or more"):
+        train(lpd_task(plan, images, tokenizer), plan, tmp_path)
+
+
+def test_other_settings_are_refused(
+    images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path
+) -> None:
+    plan = recipe(3)
+    train(lpd_task(plan, images, tokenizer), plan, tmp_path)
+    other = recipe(3, batch_size=2)
+    with pytest.raises(TrainingError, match="started with batch size 4, not 2: "):
+        train(lpd_task(other, images, tokenizer), other, tmp_path)
+    with pytest.raises(TrainingError, match=r"started with dropout 0\.1, not 0\.2: "):
+        train(lpd_task(plan, images, tokenizer, dropout=0.2), plan, tmp_path)
+    fewer = ImageSet(images.pixels[:6], images.labels[:6], images.class_names)
+    with pytest.raises(TrainingError, match="started with images digest "):
+        train(lpd_task(plan, fewer, tokenizer), plan, tmp_path)
+
+
+def test_loss_that_is_not_finite_stops_training(
+    images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path
+) -> None:
+    plan = recipe(3)
+    task = lpd_task(plan, images, tokenizer)
+    with torch.no_grad():
+        task.model.head.weight.fill_(math.nan)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1: lower --learning-rate"):
+        train(task, plan, tmp_path)
+    assert read_checkpoint(tmp_path) is None
+
+
+def test_one_process_at_a_time(images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path) -> None:
+    plan = recipe(3)
+    (tmp_path / ".half.tmp").write_text("what a kill left")
+    with (
+        RunFolder(tmp_path).locked(),
+        pytest.raises(TrainingError, match="another process is training in"),
+    ):
+        train(lpd_task(plan, images, tokenizer), plan, tmp_path)
+    train(lpd_task(plan, images, tokenizer), plan, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", CHECKPOINT, LOG]
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+
+
+def answer(script: str, *arguments: object) -> Result:
+    """What a script says and how it ends, run in this process."""
+    spec = importlib.util.spec_from_file_location(script, SCRIPTS / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return CliRunner().invoke(module.main, [str(argument) for argument in arguments])
+
+
+def test_killed_and_stopped_process_goes_on(folder: Path, tmp_path: Path) -> None:
+    """The whole way: a tokenizer is trained, killed, stopped, finished and exported."""
+    run = tmp_path / "run"
+    options = [folder, *TOKENIZER_OPTIONS, "--run", run, "--checkpoint-minutes=0"]
+
+    def interrupt(number: signal.Signals, at_step: int) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command("train_tokenizer.py", *options, "--steps=400"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            checkpoint = read_checkpoint(run)
+            if checkpoint is not None and checkpoint["step"] >= at_step:
+                break
+            time.sleep(0.05)
+        process.send_signal(number)
+        return process
+
+    killed = interrupt(signal.SIGKILL, 3)
+    killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    checkpoint = read_checkpoint(run)
+    assert checkpoint is not None
+    reached = checkpoint["step"]
+    stopped = interrupt(signal.SIGTERM, reached + 2)
+    _, said = stopped.communicate(timeout=300)
+    assert stopped.returncode == 130, said
+    assert "train_tokenizer: stopped after " in said
+    assert "the same command goes on from it" in said
+    checkpoint = read_checkpoint(run)
+    assert checkpoint is not None
+    reached = checkpoint["step"]
+
+    finished = answer("train_tokenizer.py", *options, f"--steps={reached + 2}")
+    assert finished.exit_code == 0, finished.stderr
+    steps = [json.loads(line)["step"] for line in (run / LOG).read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == reached + 2
+    assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
+        CHECKPOINT,
+        LOG,
+        "reconstructions.png",
+    ]
+
+    weights_file = tmp_path / "tokenizer.safetensors"
+    exported = answer("train_tokenizer.py", folder, "--run", run, "--export", weights_file)
+    assert exported.exit_code == 0, exported.stderr
+    assert load_tokenizer(weights_file).config == VQ_CONFIG
+    lpd_run, lpd_file = tmp_path / "lpd", tmp_path / "lpd.safetensors"
+    options = [folder, *LPD_OPTIONS, "--tokenizer", weights_file, "--run", lpd_run, "--steps=3"]
+    finished = answer("train_lpd.py", *options)
+    assert finished.exit_code == 0, finished.stderr
+    assert (lpd_run / "samples.png").exists()
+    exported = answer("train_lpd.py", folder, "--run", lpd_run, "--export", lpd_file)
+    assert exported.exit_code == 0, exported.stderr
+    assert load_lpd(lpd_file).config == LPDConfig(64, 1, 1, 8, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [("cpu", None, 5), ("cuda", None, 1), ("cpu", 3, 3), ("cuda", 2, 2)],
+)
+def test_workers_are_those_asked_for_or_the_cores(
+    device: str, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    options = TrainingOptions(
+        images=Path("images"),
+        folder=Path("run"),
+        steps=3,
+        batch_size=2,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        weight_decay=0.0,
+        average_decay=0.9,
+        device=device,
+        workers=asked,
+    )
+    assert options.worker_count == expected
+
+
+# ------------------------------------------------------------------------------------- exporting
+
+
+def test_exported_weights_are_the_average_and_load(
+    images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path
+) -> None:
+    plan = recipe(3)
+    task = lpd_task(plan, images, tokenizer)
+    figures = train(task, plan, tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint is not None
+    model = LPD(config_of(checkpoint, LPDConfig))
+    path = tmp_path / "lpd.safetensors"
+    export_average(model, checkpoint, path, {"dataset": "shapes"})
+    loaded = load_lpd(path)
+    assert loaded.config == LPD_CONFIG
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(32, (2, 64), generator=generator)
+    orders = torch.rand(2, 64, generator=generator).argsort(dim=1)
+    labels, sizes = torch.tensor([0, 1]), group_sizes(64, 8).tolist()
+    expected = model(tokens, labels, orders, sizes)
+    torch.testing.assert_close(loaded(tokens, labels, orders, sizes), expected, atol=2e-3, rtol=0)
+    assert not torch.allclose(task.model(tokens, labels, orders, sizes), expected, atol=2e-3)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        assert {str(file.get_tensor(key).dtype) for key in file.keys()} == {"torch.float16"}  # noqa: SIM118
+    assert metadata["step"] == "3"
+    assert metadata["dataset"] == "shapes"
+    assert float(metadata["loss"]) == pytest.approx(figures["loss"], rel=1e-3)
+    with pytest.raises(TrainingError, match="trains another model"):
+        config_of(checkpoint, VQConfig)
+    with pytest.raises(TrainingError, match=r"must end in \.safetensors"):
+        export_average(model, checkpoint, tmp_path / "lpd.pth", {})
+
+
+# ----------------------------------------------------------------------------------- wrong input
+
+
+def test_mistakes_are_answered_in_one_sentence(folder: Path, tmp_path: Path) -> None:
+    names = tmp_path / "nowhere" / "classes.json"
+    said = answer("train_tokenizer.py", names.parent)
+    assert said.exit_code == 2
+    assert said.stderr == (
+        f"train_tokenizer: error: cannot read {names}: No such file or directory; it must hold a "
+        "JSON list of the class names\n"
+    )
+    said = answer("train_lpd.py", folder, "--tokenizer", tmp_path / "none.safetensors")
+    assert said.exit_code == 2
+    assert said.stderr == (
+        f"train_lpd: error: there is no checkpoint {tmp_path / 'none.safetensors'}\n"
+    )
+
+
+def test_wrong_folders_are_named(tmp_path: Path) -> None:
+    def mistake() -> str:
+        with pytest.raises(TrainingError) as error:
+            load_image_set(tmp_path, "train")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    names = tmp_path / "classes.json"
+    names.write_text("{")
+    assert "is not JSON" in mistake()
+    names.write_text('["a", "a"]')
+    assert "each once" in mistake()
+    names.write_text('["a"]')
+    assert "there is no folder" in mistake()
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    assert "holds no images" in mistake()
+    first, second = tmp_path / "train" / "a" / "1.png", tmp_path / "train" / "a" / "2.png"
+    Image.new("RGB", (16, 16)).save(first)
+    Image.new("RGB", (8, 8)).save(second)
+    assert f"{second} is 8x8 pixels, where the images before it are 16x16" in mistake()
+    Image.new("RGB", (8, 16)).save(second)
+    assert "must be square" in mistake()
+    second.write_bytes(first.read_bytes()[:40])
+    assert f"cannot read the image {second}" in mistake()
+    second.unlink()
+    (tmp_path / "train" / "b").mkdir()
+    assert "is not a class of" in mistake()
+
+
+def test_wrong_settings_are_named(images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="--warmup-steps 5 must be below --steps, which is 5"):
+        recipe(5, warmup_steps=5)
+    with pytest.raises(TrainingError, match="--batch-size must be at least 1, not 0"):
+        recipe(5, batch_size=0)
+    (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
+    plan = recipe(3)
+    with pytest.raises(TrainingError, match="is damaged or is not the checkpoint of a run"):
+        train(lpd_task(plan, images, tokenizer), plan, tmp_path)

@@ -1,0 +1,1 @@
+"""How the demo model came about: the training loop, its data, and what is trained."""
