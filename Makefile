@@ -1,4 +1,4 @@
-# make demo: environment, bundle and images; make test: every test; make lint: style and types.
+# make demo: environment, bundle and images; make test: every test; make test-unit: those of a minute; make lint: style and types.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := engines/demo/manifest.json
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-unit lint benchmark clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)
@@ -17,8 +17,14 @@ demo: $(DEMO)
 $(DEMO): $(READY) engines/demo.toml $(wildcard models/lpd-emoji/*.safetensors) $(shell find lpd_export reference -name '*.py')
 	$(BIN)/lpd-export build engines/demo.toml --force
 
+# In as many processes as there are cores; the slowest tests are named at the end.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-unit: $(READY)
+	$(PYTEST) -m unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,12 +1,15 @@
-"""Bundles that several test files use, built once a test session."""
+"""Bundles that several test files use, each built once a run, whichever worker needs it first."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest, read_recipe
@@ -15,14 +18,125 @@ from lpd_reference.lpd import LPDConfig
 from lpd_reference.vq import VQConfig
 
 EMOJI_RECIPE = Path(__file__).parent / "data" / "lpd-emoji32" / "recipe.toml"
+DEMO_RECIPE = Path(__file__).parents[1] / "engines" / "demo.toml"
 SMALL_NAMES = [["red panda", "firefox"], "ice-cream", "crane", ["Crane", "bird"], "monkey-face"]
+KINDS = {
+    "model": (
+        "test_accuracy",
+        "test_accuracy_bisection",
+        "test_accuracy_damage",
+        "test_accuracy_script",
+        "test_build",
+        "test_claims",
+        "test_portable",
+        "test_precision",
+        "test_readme_picture",
+        "test_run",
+        "test_runtime",
+    ),
+    "engine": ("test_engine", "test_engine_bundles"),
+}
+"""The files that build bundles or compile engines throughout."""
+MODEL_FIXTURES = {
+    "demo_bundle",
+    "demo_int8_bundle",
+    "emoji_bundle",
+    "emoji_fp16_bundle",
+    "emoji_int8_bundle",
+    "small_bundle",
+}
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+
+
+def pytest_configure() -> None:
+    """Gives each of as many workers as there are cores one for itself and what it starts."""
+    if not WORKER or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == int(os.environ["PYTEST_XDIST_WORKER_COUNT"]):
+        os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw"))]})
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what builds bundles, what compiles engines, and the rest as unit tests."""
+    for item in items:
+        for kind, files in KINDS.items():
+            if item.path.stem in files:
+                item.add_marker(kind)
+        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("model")
+        if not any(item.get_closest_marker(kind) for kind in (*KINDS, "slow", "gpu")):
+            item.add_marker("unit")
 
 
 @pytest.fixture(scope="session")
-def emoji_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if WORKER else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(shared_folder: Path) -> Iterator[Path]:
+    """Measurements are kept where no other run sees them, and made once a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(shared_folder / "cache"))
+        yield shared_folder / "cache" / "lpd-export"
+
+
+@pytest.fixture(scope="session")
+def made_once(shared_folder: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Gives a path in the shared folder, made by the first worker that asks for it."""
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        path = shared_folder / name
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not path.exists():
+                write(path)
+        return path
+
+    return make
+
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+def build_recipe(recipe: Path, out: Path, **settings: object) -> Path:
+    """Builds a recipe's bundle, with other settings beside the recipe's."""
+    return build(BuildRequest(**(read_recipe(recipe) | {"out": str(out)} | settings)))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def emoji_bundle(made_once: MadeOnce) -> Path:
     """The bundle of a small trained model: 32 px emoji, 20 steps; leave it as it is."""
-    out = tmp_path_factory.mktemp("engines") / "emoji32"
-    return build(BuildRequest(**read_recipe(EMOJI_RECIPE) | {"out": str(out)}))
+    return made_once("emoji32", lambda out: build_recipe(EMOJI_RECIPE, out))
+
+
+@pytest.fixture(scope="session")
+def emoji_fp16_bundle(made_once: MadeOnce) -> Path:
+    """`emoji_bundle` in FP16; leave it as it is."""
+    return made_once("emoji32-fp16", lambda out: build_recipe(EMOJI_RECIPE, out, precision="fp16"))
+
+
+@pytest.fixture(scope="session")
+def emoji_int8_bundle(made_once: MadeOnce) -> Path:
+    """`emoji_bundle` in INT8; leave it as it is."""
+    return made_once("emoji32-int8", lambda out: build_recipe(EMOJI_RECIPE, out, precision="int8"))
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(made_once: MadeOnce) -> Path:
+    """The bundle of `make demo`; leave it as it is."""
+    return made_once("demo", lambda out: build_recipe(DEMO_RECIPE, out))
+
+
+@pytest.fixture(scope="session")
+def demo_int8_bundle(made_once: MadeOnce) -> Path:
+    """The demo in INT8; leave it as it is."""
+    return made_once("demo-int8", lambda out: build_recipe(DEMO_RECIPE, out, precision="int8"))
 
 
 def save_small_weights(folder: Path, heads: int) -> Path:
@@ -44,19 +158,27 @@ def save_small_weights(folder: Path, heads: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_weights(made_once: MadeOnce) -> Path:
     """A folder of small weights with one head (see `save_small_weights`); leave it be."""
-    return save_small_weights(tmp_path_factory.mktemp("weights"), heads=1)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        save_small_weights(folder, heads=1)
+
+    return made_once("small-weights", write)
 
 
 @pytest.fixture(scope="session")
-def small_bundle(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_bundle(small_weights: Path, made_once: MadeOnce) -> Path:
     """A bundle of `small_weights` in 4 steps; shared, so leave it as it is."""
-    return build(
-        BuildRequest(
-            checkpoint=str(small_weights / "lpd.pth"),
-            tokenizer=str(small_weights / "vq.pt"),
-            steps=4,
-            out=str(tmp_path_factory.mktemp("engines") / "small"),
-        )
+    return made_once(
+        "small",
+        lambda out: build(
+            BuildRequest(
+                checkpoint=str(small_weights / "lpd.pth"),
+                tokenizer=str(small_weights / "vq.pt"),
+                steps=4,
+                out=str(out),
+            )
+        ),
     )

@@ -18,8 +18,6 @@ import claims_results
 from lpd_export import Pipeline
 from lpd_export.accuracy.comparison import image_psnr
 from lpd_export.accuracy.thresholds import THRESHOLDS
-from lpd_export.build.build import build
-from lpd_export.build.request import BuildRequest, read_recipe
 from lpd_export.bundle.classes import display_name
 from lpd_export.bundle.manifest import Bundle
 from training.classifier import load
@@ -32,18 +30,11 @@ README = ROOT / "README.md"
 MEGABYTE = 10**6
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of `make demo`."""
-    out = tmp_path_factory.mktemp("engines") / "demo"
-    return build(BuildRequest(**read_recipe(ROOT / "engines" / "demo.toml") | {"out": str(out)}))
-
-
-def test_it_draws_what_it_is_asked_for(demo: Path) -> None:
+def test_it_draws_what_it_is_asked_for(demo_bundle: Path) -> None:
     """The classifier sees the class that was asked for, not much less often than in real images."""
     judge = load(MODEL / "classifier.safetensors")
     classes = list(range(len(judge.class_names)))
-    images = Pipeline.open(demo).generate(2 * classes, seed=0, batch=5)
+    images = Pipeline.open(demo_bundle).generate(2 * classes, seed=0, batch=5)
     pixels = np.stack([image.pixels for image in images])
     with torch.inference_mode():
         seen = judge.logits(to_signed(torch.from_numpy(pixels))).argmax(dim=1)
@@ -58,29 +49,21 @@ def test_it_draws_what_it_is_asked_for(demo: Path) -> None:
     assert accuracy > 0.4
 
 
-@pytest.fixture(scope="module")
-def demo_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo in INT8, as the README builds it."""
-    out = tmp_path_factory.mktemp("engines") / "demo-int8"
-    recipe = read_recipe(ROOT / "engines" / "demo.toml")
-    return build(BuildRequest(**recipe | {"precision": "int8", "out": str(out)}))
-
-
-def test_int8_decodes_the_same_images(demo: Path, demo_int8: Path) -> None:
+def test_int8_decodes_the_same_images(demo_bundle: Path, demo_int8_bundle: Path) -> None:
     """The worst of many images, of classes that no calibration saw, is what verify asks for."""
     (limit,) = (row.int8 for row in THRESHOLDS if row.metric == "image_psnr")
-    exact, quantized = Pipeline.open(demo), Pipeline.open(demo_int8)
-    decisions = Bundle.open(demo_int8).manifest.calibration["quantization"]
+    exact, quantized = Pipeline.open(demo_bundle), Pipeline.open(demo_int8_bundle)
+    decisions = Bundle.open(demo_int8_bundle).manifest.calibration["quantization"]
     assert len(decisions["detokenize"]["kept"]) < decisions["detokenize"]["layers"] / 2
     for image in exact.generate(2 * list(range(25)), seed=1, batch=5):
         token_ids = image.token_ids[None]
         assert image_psnr(exact.detokenize(token_ids), quantized.detokenize(token_ids)) >= limit
 
 
-def test_what_it_is(demo: Path) -> None:
-    manifest = Bundle.open(demo).manifest
+def test_what_it_is(demo_bundle: Path) -> None:
+    manifest = Bundle.open(demo_bundle).manifest
     assert (manifest.resolution, manifest.model.grid, manifest.model.head_dim) == (64, 16, 64)
-    assert Bundle.open(demo).schedule().steps == 20
+    assert Bundle.open(demo_bundle).schedule().steps == 20
     names = json.loads((MODEL / "classes.json").read_text())
     assert [display_name(manifest.class_names, i) for i in range(len(names))] == names
     assert list(load(MODEL / "classifier.safetensors").class_names) == names

@@ -39,6 +39,15 @@ def check_threads(threads: int | None) -> None:
         raise UserError(f"--threads {threads} is more than this machine takes ({most})")
 
 
+def allowed_cores() -> int:
+    """The cores that this process is confined to; 0, ONNX Runtime's own choice, if to none."""
+    if not hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    # ONNX Runtime does not ask: in a container with one core of 64 it would start 32 threads.
+    return 0 if allowed == os.cpu_count() else allowed
+
+
 class OnnxRuntimeExecutor:
     """An executor over `NAME.onnx` files, each loaded when it is first bound.
 
@@ -46,8 +55,8 @@ class OnnxRuntimeExecutor:
         files: the ONNX file of each graph.
         float_type: of the graphs.
         device: "cpu" or "cuda".
-        threads: for the operators on a CPU; None leaves the choice to ONNX Runtime (the physical
-            cores).
+        threads: for the operators on a CPU; by default ONNX Runtime's choice, the physical cores,
+            or the cores that this process is confined to.
 
     Raises:
         UserError: if ONNX Runtime has no provider for the device here.
@@ -93,7 +102,7 @@ class OnnxRuntimeExecutor:
     @cached_property
     def _options(self) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads or 0
+        options.intra_op_num_threads = self._threads or allowed_cores()
         # Every phase has shapes of its own: a remembered allocation pattern would only hold memory.
         options.enable_mem_pattern = False
         options.log_severity_level = 4  # what it would log as errors, it raises too

@@ -137,14 +137,6 @@ def test_without_candidates(suffices: bool) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Measured ranges are kept where no other run sees them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
 def exported_once(small_bundle: Path, small_weights: Path) -> Iterator[None]:
     """The graphs of `small_bundle` are taken, where an export would take most of the time."""
     states = [torch.load(small_weights / name)["model"] for name in ("lpd.pth", "vq.pt")]

@@ -57,7 +57,7 @@ def test_a_group_alone_gives_its_help(group: list[str]) -> None:
 
 
 def test_help_in_its_own_process_is_quick_and_loads_no_torch() -> None:
-    program = "import sys; from lpd_export.cli import main\ntry: main(['build', '--help'])\n"
+    program = "import sys; from lpd_export.cli.main import main\ntry: main(['build', '--help'])\n"
     program += "except SystemExit: pass\nassert not {'torch', 'onnx', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 

@@ -367,7 +367,7 @@ def test_a_whole_diagnosis_of_a_broken_machine(tmp_path: Path) -> None:
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed.'\nexit 9\n")
     smi.chmod(0o755)
     script = (
-        "import pathlib, lpd_export.doctor as doctor\n"
+        "import pathlib, lpd_export.machine.doctor as doctor\n"
         "print(*doctor.report_lines(doctor.examine(pathlib.Path('.'), 1)), sep='\\n')"
     )
     done = subprocess.run(

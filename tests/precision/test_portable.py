@@ -42,14 +42,6 @@ COARSE = {"top_1": 0.5, "sequence_top_1": 0.9, "index_agreement": 0.8}
 Arrays = dict[str, NDArray[Any]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Measured ranges and logs are kept where no other run sees them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def weights(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a model with two heads of 64: TensorRT-RTX has no fused attention for a single one."""
