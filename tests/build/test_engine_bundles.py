@@ -630,7 +630,7 @@ def test_what_the_compiler_prints_itself_does_not_reach_the_user(single_head: li
 WHILE_COMPILING = """
 import os, sys, time
 from pathlib import Path
-from lpd_export.cli.main import stages
+from lpd_export.cli.progress import stages
 from lpd_export.build.engine import _standard_error_to
 
 with stages() as (report, advance):

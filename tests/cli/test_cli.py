@@ -14,7 +14,6 @@ from PIL import Image
 import lpd_export.cli.main
 from commandline import COMMAND, answer, end, entries, mistake, sentence, start
 from lpd_export.bundle.manifest import Bundle
-from lpd_export.cli.main import commands
 from lpd_export.schedule.schedule import Schedule
 
 COMMANDS = (["build"], ["run"], ["verify"], ["schedule", "make"], ["schedule", "check"])
@@ -44,7 +43,7 @@ def test_help_has_an_example(command: list[str], option: str) -> None:
 
 
 def test_every_command_is_tested() -> None:
-    assert {command[0] for command in COMMANDS} == set(commands.commands)
+    assert {command[0] for command in COMMANDS} == set(lpd_export.cli.main.COMMANDS)
 
 
 @pytest.mark.parametrize("group", [[], ["schedule"]])

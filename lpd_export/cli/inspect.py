@@ -1,0 +1,49 @@
+"""`lpd-export inspect`: what a bundle holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from lpd_export.cli.output import json_option, print_json
+from lpd_export.errors import UserError
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--classes", is_flag=True, help="List the classes instead.")
+@click.option(
+    "--batch", type=int, default=1, show_default=True, help="Say how much memory this batch needs."
+)
+@json_option
+def inspect(bundle: str, classes: bool, batch: int, as_json: bool) -> None:
+    """Says what a bundle holds, and verifies every file of it.
+
+    \b
+    Example:
+      lpd-export inspect engines/demo
+      lpd-export inspect engines/demo --classes
+      lpd-export inspect engines/lpd-l-256 --batch 8
+    """
+    from lpd_export.bundle.inspection import class_lines, report_lines
+    from lpd_export.bundle.manifest import Bundle
+
+    if batch < 1:
+        raise UserError(f"--batch must be at least 1, but it is {batch}")
+    opened = Bundle.open(bundle)
+    limit = opened.manifest.max_batch
+    if limit is not None and batch > limit:
+        raise UserError(f"{bundle} takes batches of up to {limit} images, not {batch}")
+    if classes:
+        if as_json:
+            print_json(opened.manifest.class_names)
+        else:
+            click.echo_via_pager("\n".join(class_lines(opened.manifest)) + "\n")
+        return
+    opened.files()
+    opened.schedule()
+    if as_json:
+        print_json({"bundle": bundle, "manifest": dataclasses.asdict(opened.manifest)})
+    else:
+        click.echo("\n".join(report_lines(opened, batch)))

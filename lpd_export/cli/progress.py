@@ -1,0 +1,111 @@
+"""How long work is shown: live on a terminal, as lines in a log.
+
+Knows what the work calls to say how far it is, not what the work is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """Shows the current stage with a clock on a terminal, a line for each elsewhere.
+
+    Gives two functions: one to begin a stage, and one to tell how far TensorRT's builder is.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}{task.fields[detail]}"),
+        TimeElapsedColumn(),
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stderr_of_its_own())
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            yield lambda stage: click.echo(stage, err=True), lambda stage, step, steps: None
+            return
+        progress = stack.enter_context(Progress(*columns, console=console))
+
+        def finish() -> None:
+            for task in progress.tasks:
+                progress.update(task.id, total=1, completed=1, detail="")
+
+        def report(stage: str) -> None:
+            finish()
+            progress.add_task(stage, total=None, detail="")
+
+        def advance(stage: str, step: int, steps: int) -> None:
+            progress.update(progress.tasks[-1].id, detail=f": {stage} {step} of {steps}")
+
+        yield report, advance
+        finish()
+
+
+@contextlib.contextmanager
+def stderr_of_its_own() -> Iterator[None]:
+    """Leads sys.stderr past file descriptor 2, which is the log's while TensorRT compiles."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(AttributeError, OSError):  # closed, or not a file
+            encoding, errors = sys.stderr.encoding, sys.stderr.errors
+            another = os.fdopen(os.dup(sys.stderr.fileno()), "w", 1, encoding, errors)
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(another)))
+        yield
+
+
+@contextlib.contextmanager
+def image_progress() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
+    """Shows which image and which step is being made, on a terminal; stages alone elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lpd_export.run import Advance
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: click.echo(stage, err=True), tell_each_tenth()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def report(stage: str) -> None:
+            progress.update(task, description=stage)
+
+        def show(advance: Advance) -> None:
+            progress.update(
+                task,
+                description=advance.describe(),
+                total=advance.all_images,
+                completed=advance.images_done,
+            )
+
+        yield report, show
+
+
+def tell_each_tenth() -> Callable[[Any], None]:
+    """Progress for a log: a line whenever another tenth of the images is done."""
+    told = 0
+
+    def advance(advance: Any) -> None:
+        nonlocal told
+        tenths = int(10 * advance.images_done / advance.all_images)
+        if tenths > told:
+            told = tenths
+            click.echo(advance.describe(), err=True)
+
+    return advance

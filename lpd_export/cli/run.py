@@ -1,0 +1,86 @@
+"""`lpd-export run`: the options of a run, and what is said of its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lpd_export.build.request import CHOICES
+from lpd_export.cli.output import json_option, print_json
+from lpd_export.cli.progress import image_progress
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.argument("more_classes", nargs=-1, metavar="")
+@click.option(
+    "--class",
+    "classes",
+    multiple=True,
+    metavar="NAME|ID ...",
+    help="What to draw: names or numbers; `all` is every class, `none` no class.",
+)
+@click.option("-n", "count", type=int, default=1, show_default=True, help="Images a class.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same images.")
+@click.option("--cfg", type=float, help="Guidance scale.  [default: the bundle's]")
+@click.option(
+    "--guidance",
+    type=click.Choice(CHOICES["guidance"]),
+    help="How guidance grows over the tokens.  [default: the bundle's]",
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, help="Draw among the K most probable tokens.")
+@click.option("--top-p", type=float, help="Draw among the fewest tokens of probability P together.")
+@click.option("--batch", type=int, help="Images generated together.  [default: up to 4]")
+@click.option("--schedule", metavar="FILE", help="Instead of the bundle's own.")
+@click.option("--steps", type=int, help="With a --schedule that is a JSON list of orders.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where ONNX Runtime runs the graphs; engines run on a GPU.  [default: cpu]",
+)
+@click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option("--save-tokens", metavar="FILE.npy", help="Also save the token ids [images, cells].")
+@click.option(
+    "--trace", is_flag=True, help="Also save each image after each of its steps, in DIR/trace."
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run in the same folder.")
+@click.option("--out", metavar="DIR", required=True, help="New folder for the images.")
+@json_option
+def run(
+    bundle: str,
+    classes: tuple[str, ...],
+    more_classes: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generates images: a PNG each, a contact sheet, and images.jsonl.
+
+    With --trace one sees how the steps fill an image in: it is decoded after each of them, cells
+    that are not there yet left blank.
+
+    \b
+    Examples:
+      lpd-export run engines/demo --class heart clock -n 4 --out images
+      lpd-export run engines/lpd-l-256-fp32 --class 207 "red panda" --seed 1 --out images
+      lpd-export run engines/demo --class heart --trace --out steps
+    """
+    from lpd_export.run import TRACES, RunRequest, generate_images
+
+    request = RunRequest(
+        bundle=Path(bundle),
+        classes=[*classes, *more_classes],
+        **(options | {"out": Path(options["out"])}),
+    )
+    with image_progress() as (report, advance):
+        result = generate_images(request, report, advance)
+    if as_json:
+        print_json(result.as_json())
+    else:
+        steps = f"; steps in {request.out / TRACES}" if request.trace else ""
+        click.echo(
+            f"{result.made} image{'s' * (result.made != 1)} in {result.seconds:.1f} s, written to "
+            f"{request.out}; contact sheet {result.contact_sheet}{steps}"
+        )

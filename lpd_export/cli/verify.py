@@ -1,0 +1,108 @@
+"""`lpd-export verify`: the options of a verification, its table and its verdict."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lpd_export.cli.exit_codes import EXIT_FAILED
+from lpd_export.cli.output import json_option, print_json
+from lpd_export.cli.progress import stages
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    default="reference",
+    show_default=True,
+    metavar="reference|OTHER_BUNDLE",
+    help="What the bundle is compared with.",
+)
+@click.option(
+    "--checkpoint",
+    metavar="FILE|hf:ORG/NAME",
+    help="The reference's LPD weights.  [default: those that the bundle was made from]",
+)
+@click.option(
+    "--tokenizer", metavar="FILE|hf:ORG/NAME/FILE", help="The reference's tokenizer, likewise."
+)
+@click.option("--images", type=int, default=8, show_default=True, help="Images to compare.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of these images.")
+@click.option(
+    "--threshold",
+    "thresholds",
+    multiple=True,
+    metavar="METRIC=LIMIT",
+    help="Another limit than the precision's; may be repeated.",
+)
+@click.option(
+    "--by-layer", is_flag=True, help="Also compare the output of every layer, on the CPU."
+)
+@click.option("--bisect", is_flag=True, help="INT8: find the fewest layers that must be spared.")
+@click.option(
+    "--save-phases",
+    metavar="PHASE,...|all|none",
+    help="Phases to leave for Polygraphy.  [default: a few, and the first that fails]",
+)
+@click.option(
+    "--onnx", is_flag=True, help="Run the ONNX graphs on the CPU, not the engines made of them."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where ONNX Runtime runs the graphs; engines run on a GPU.  [default: cpu]",
+)
+@click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder of the report.  [default: BUNDLE-verification]",
+)
+@json_option
+def verify(bundle: Path, thresholds: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Compares a bundle with the PyTorch reference, phase by phase and end to end.
+
+    Every phase is run on the same inputs through Polygraphy; whole images are drawn from the same
+    random numbers. The exit code is 1 if a threshold of the bundle's precision does not hold.
+
+    \b
+    Examples:
+      lpd-export verify engines/demo
+      lpd-export verify engines/demo-int8 --images 64 --by-layer
+      lpd-export verify engines/demo-fp16 --against engines/demo
+      lpd-export verify engines/demo-int8 --threshold sequence_kl=0.005 --bisect
+    """
+    with stages() as (report, _):
+        report("loading torch and Polygraphy")
+        from lpd_export.accuracy.sides import SidesRequest
+        from lpd_export.accuracy.verify import VerifyRequest
+        from lpd_export.accuracy.verify import verify as verify_bundle
+
+        names = ("against", "checkpoint", "tokenizer", "device", "threads", "onnx")
+        request = VerifyRequest(
+            SidesRequest(bundle, **{name: options[name] for name in names}),
+            images=options["images"],
+            seed=options["seed"],
+            thresholds=thresholds,
+            by_layer=options["by_layer"],
+            bisect=options["bisect"],
+            save_phases=options["save_phases"],
+            out=options["out"],
+        )
+        verification = verify_bundle(request, report)
+    if as_json:
+        print_json(verification.as_json())
+    else:
+        from rich.console import Console
+
+        from lpd_export.accuracy.report import print_table
+
+        print_table(verification, Console())
+        click.echo(f"report: {request.folder / 'report.html'}")
+    if not verification.passed:
+        sys.exit(EXIT_FAILED)
