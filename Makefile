@@ -1,4 +1,5 @@
-# make demo: environment, bundle and images; make test: every test; make test-unit: those of a minute; make lint: style and types.
+# make demo: environment, bundle and images. make test: every test; make test-unit: those that
+# need no bundle, in a minute. make lint: style and types.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,12 @@ DEMO := engines/demo/manifest.json
 demo: $(DEMO)
 	rm -rf images/demo
 	$(BIN)/lpd-export run engines/demo --class all -n 2 --temperature 0.8 --out images/demo
-	@echo "Look at images/demo/contact_sheet.png"
+	@echo
+	@echo "Look at images/demo/contact_sheet.png. Then try"
+	@echo "  $(BIN)/lpd-export run engines/demo --class heart --trace --out images/steps    # how an image fills in"
+	@echo "  $(BIN)/lpd-export inspect engines/demo --classes                               # what it can draw"
+	@echo "  $(BIN)/lpd-export verify engines/demo                                          # is it still the model?"
+	@echo "  $(BIN)/lpd-export build --help                                                 # a bundle of a published model"
 
 $(DEMO): $(READY) engines/demo.toml $(wildcard models/lpd-emoji/*.safetensors) $(shell find lpd_export reference -name '*.py')
 	$(BIN)/lpd-export build engines/demo.toml --force
