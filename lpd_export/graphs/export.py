@@ -232,7 +232,8 @@ def make_static(model: ir.Model, sizes: Mapping[str, int]) -> None:
         for value in node.outputs:
             value.shape = None
     # Folds shapes alone: a folded Expand of `mask_token` would be another copy of a weight.
-    onnxscript.optimizer.optimize(model, output_size_limit=EMBEDDED_BYTES // 8)
+    # Once folds everything here, and a build has dozens of phases.
+    onnxscript.optimizer.optimize(model, num_iterations=1, output_size_limit=EMBEDDED_BYTES // 8)
 
 
 def check_model(path: Path) -> None:
