@@ -32,6 +32,7 @@ from lpd_export.build.settings import (
     engine_options,
     load,
     settle,
+    weight_sources,
 )
 from lpd_export.bundle.manifest import (
     FORMAT_VERSION,
@@ -52,6 +53,7 @@ from lpd_export.precision.writer import PrecisionWriter, compute_precision, read
 from lpd_export.progress import Progress, Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
+from lpd_reference.checkpoint import lasting_source
 
 DEFAULT_MAX_BATCH = 8
 """The largest batch that engines are built for, unless --max-batch says otherwise."""
@@ -334,13 +336,14 @@ def backend_version(backend: str) -> str:
 def describe_making(request: BuildRequest, source: Source) -> dict[str, Any]:
     """Where the weights came from and what the bundle was made with."""
 
-    def origin(name: str | None, file: Path | None) -> dict[str, str] | None:
-        return {"source": name or file.name, "sha256": sha256(file)} if file else None
+    def origin(name: str, file: Path | None) -> dict[str, str] | None:
+        return {"source": lasting_source(name, file), "sha256": sha256(file)} if file else None
 
+    checkpoint, tokenizer = ("", "") if request.random_weights else weight_sources(request)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint": origin(request.checkpoint, source.checkpoint),
-        "tokenizer": origin(request.tokenizer, source.tokenizer_file),
+        "checkpoint": origin(checkpoint, source.checkpoint),
+        "tokenizer": origin(tokenizer, source.tokenizer_file),
         "random_weights_seed": request.seed if request.random_weights else None,
         "versions": {
             "lpd-export": lpd_export.__version__,

@@ -22,11 +22,14 @@ class PublishedSettings:
     steps: int
     cfg: float
     repulsion: int
+    revision: str | None = None
+    """The commit of the weights in their repository; None, where none is pinned, is the newest."""
 
     @property
     def checkpoint(self) -> str:
         """Where its weights are."""
-        return f"hf:mit-han-lab/{self.model.replace('-', '_')}_{self.resolution}"
+        pinned = f"@{self.revision}" if self.revision else ""
+        return f"hf:mit-han-lab/{self.model.replace('-', '_')}_{self.resolution}{pinned}"
 
 
 PUBLISHED = (

@@ -26,7 +26,7 @@ from lpd_export.machine.doctor import can_build
 from lpd_export.machine.facts import read_memory
 from lpd_export.progress import Report
 from lpd_export.schedule.schedule import Phase, Schedule, phase_table
-from lpd_reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
+from lpd_reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate_all
 from lpd_reference.lpd import LPD, PUBLISHED_MODELS, LPDConfig
 from lpd_reference.vq import VQConfig, VQTokenizer
 
@@ -131,15 +131,13 @@ def load(request: BuildRequest, report: Report) -> Source:
     """
     if request.random_weights:
         return draw_random_weights(request, report)
-    checkpoint, tokenizer = request.checkpoint, request.tokenizer or TOKENIZER
-    if checkpoint is None:
-        checkpoint = published(request).checkpoint
+    checkpoint, tokenizer = weight_sources(request)
     try:
+        report(f"looking for {tokenizer} and {checkpoint}")
+        tokenizer_file, checkpoint_file = locate_all([tokenizer, checkpoint])
         report(f"reading {tokenizer}")
-        tokenizer_file = locate(tokenizer)
         vq = load_tokenizer(tokenizer_file)
         report(f"reading {checkpoint}")
-        checkpoint_file = locate(checkpoint)
         grid = grid_for(request.res, vq.config.stride) if request.res else None
         model = load_lpd(checkpoint_file, grid=grid, heads=request.heads)
     except CheckpointError as error:
@@ -156,6 +154,11 @@ def load(request: BuildRequest, report: Report) -> Source:
             f"{model.config.depth} blocks and {model.config.heads} heads"
         )
     return Source(model, vq, checkpoint_file, tokenizer_file)
+
+
+def weight_sources(request: BuildRequest) -> tuple[str, str]:
+    """Where the weights of a request are: of the model, and of the tokenizer."""
+    return request.checkpoint or published(request).checkpoint, request.tokenizer or TOKENIZER
 
 
 def published(request: BuildRequest) -> PublishedSettings:

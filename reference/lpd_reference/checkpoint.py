@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import errno
 import math
+import os
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +28,7 @@ from lpd_reference.vq import NORM_GROUPS, VQConfig, VQTokenizer
 
 HUB_PREFIX = "hf:"
 HUB_TIMEOUT_SECONDS = 10
+COMMIT = re.compile("[0-9a-f]{40}")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 StateDict = dict[str, Tensor]
@@ -35,8 +38,53 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be found or read, or that is not of the expected model."""
 
 
+class HubFile(NamedTuple):
+    """What a source `hf:ORG/NAME[@REVISION][/FILE]` names."""
+
+    repository: str
+    revision: str | None
+    """A branch, tag or commit; None is the repository's main branch."""
+    file: str | None
+    """None is the repository's only weight file, or the one named after it."""
+
+    @classmethod
+    def parse(cls, source: str) -> HubFile:
+        """Raises CheckpointError for a source of another form."""
+        organisation, _, rest = source.removeprefix(HUB_PREFIX).partition("/")
+        name, slash, file = rest.partition("/")
+        name, at, revision = name.partition("@")
+        names = [organisation, name, *[revision] * bool(at), *[file] * bool(slash)]
+        if not all(names) or ".." in source.split("/"):
+            raise CheckpointError(
+                f"{source!r} is not of the form hf:ORG/NAME, hf:ORG/NAME/FILE or "
+                "hf:ORG/NAME@REVISION/FILE"
+            )
+        return cls(f"{organisation}/{name}", revision or None, file or None)
+
+    @property
+    def command(self) -> str:
+        """The command that fetches it."""
+        words = ["hf download", self.repository, self.file or ""]
+        words += ["--revision", self.revision] if self.revision else []
+        return " ".join(filter(None, words))
+
+
+class HubOutOfReachError(CheckpointError):
+    """Files of the hub that are not in its cache here, and cannot be fetched from here."""
+
+    def __init__(self, reason: str, sources: Sequence[str]) -> None:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        commands = " and ".join(f"`{HubFile.parse(source).command}`" for source in sources)
+        super().__init__(
+            f"cannot fetch {' and '.join(sources)}: {reason}; where the hub can be reached run "
+            f"{commands}, and bring the cache here ({HF_HUB_CACHE}) or give the files' paths"
+        )
+        self.reason = reason
+
+
 def locate(source: str | Path) -> Path:
-    """The local file of a path, `hf:ORG/NAME` or `hf:ORG/NAME/FILE`, downloaded if need be.
+    """The local file of a path or `hf:ORG/NAME[@REVISION][/FILE]`, downloaded if need be.
 
     Without FILE the repository must hold one weight file, or one named after itself.
 
@@ -53,37 +101,63 @@ def locate(source: str | Path) -> Path:
     return path
 
 
+def locate_all(sources: Sequence[str]) -> list[Path]:
+    """As `locate`, of several: files that cannot be fetched are all named in one error."""
+    found, unreached, reason = list[Path](), list[str](), ""
+    for source in sources:
+        try:
+            found.append(locate(source))
+        except HubOutOfReachError as error:
+            unreached.append(source)
+            reason = error.reason
+    if unreached:
+        raise HubOutOfReachError(reason, unreached)
+    return found
+
+
+def lasting_source(source: str, file: Path) -> str:
+    """The source that finds a located file again: with its commit, or its absolute path."""
+    if not source.startswith(HUB_PREFIX):
+        # Of the folder alone: where the file is a link, its own name tells its format.
+        return str(file.parent.resolve() / file.name)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    _, _, commit, *name = file.relative_to(HF_HUB_CACHE).parts
+    return f"{HUB_PREFIX}{HubFile.parse(source).repository}@{commit}/{'/'.join(name)}"
+
+
 def download(source: str) -> Path:
     """The local copy of a hub file, kept in the hub's own cache."""
-    from huggingface_hub import (
-        HfApi,
-        constants,
-        get_session,
-        hf_hub_download,
-        try_to_load_from_cache,
-    )
+    from huggingface_hub import HfApi, constants, get_session, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
     from huggingface_hub.utils import validate_repo_id
 
-    parts = source.removeprefix(HUB_PREFIX).split("/", 2)
-    if len(parts) < 2 or not all(parts) or ".." in source.split("/"):
-        raise CheckpointError(f"{source!r} is not of the form hf:ORG/NAME or hf:ORG/NAME/FILE")
-    repository = "/".join(parts[:2])
+    repository, revision, file = hub_file = HubFile.parse(source)
+    # huggingface_hub changes its HTTP client with its version: this is the base of its errors.
+    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    unreachable = "the Hugging Face hub cannot be reached from here"
     try:
         validate_repo_id(repository)
+        cached = find_cached(hub_file)
+        offline = constants.is_offline_mode()
+        if cached is not None and (offline or COMMIT.fullmatch(revision or "")):
+            return cached
+        if offline:
+            raise HubOutOfReachError("HF_HUB_OFFLINE keeps this process offline", [source])
         # Asked once: the calls below would ask a hub that is out of reach for half a minute.
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
-        if len(parts) == 3:
-            file = parts[2]
-        else:
-            file = choose_weight_file(repository, HfApi().list_repo_files(repository))
-        return Path(hf_hub_download(repository, file))
+        if file is None:
+            files = HfApi().list_repo_files(repository, revision=revision)
+            file = choose_weight_file(repository, files)
+        return Path(hf_hub_download(repository, file, revision=revision))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repository} asks for a login on the Hugging Face hub: accept its terms there and "
@@ -91,27 +165,48 @@ def download(source: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"the Hugging Face hub has no repository {repository}") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repository} has no revision {revision}") from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(unreachable(source)) from error
+        raise HubOutOfReachError(unreachable, [source]) from error
     except EntryNotFoundError as error:
         raise CheckpointError(f"{repository} holds no file {file}") from error
     except HFValidationError as error:
         raise CheckpointError(f"{repository!r} is not a Hugging Face repository name") from error
-    except CheckpointError:
-        raise
-    # The HTTP client under huggingface_hub changes with its version, and its errors with it.
-    except Exception as error:
-        cached = try_to_load_from_cache(repository, parts[2]) if len(parts) == 3 else None
-        if isinstance(cached, str):
-            return Path(cached)
-        raise CheckpointError(f"{unreachable(source)} ({type(error).__name__})") from error
+    except client_error as error:
+        if cached is not None:
+            return cached
+        reason = unreachable
+        if isinstance(error, HfHubHTTPError):
+            reason = f"the Hugging Face hub answers with error {error.response.status_code}"
+        raise HubOutOfReachError(reason, [source]) from error
+    # The hub's Rust downloader has RuntimeErrors alone, the system's errors in their text.
+    except (OSError, RuntimeError) as error:
+        full = f"os error {errno.ENOSPC}" in str(error)
+        if not full and not isinstance(error, OSError):
+            raise CheckpointError(f"the download of {source} failed: {error}") from error
+        why = os.strerror(errno.ENOSPC) if full else getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"cannot keep {source} in {constants.HF_HUB_CACHE}: {why}; make room there, or set "
+            "HF_HOME to a folder where there is"
+        ) from error
 
 
-def unreachable(source: str) -> str:
-    return (
-        f"cannot fetch {source}: the Hugging Face hub cannot be reached from here; fetch the file "
-        "on another machine and give its path"
-    )
+def find_cached(wanted: HubFile) -> Path | None:
+    """The copy in the hub's cache, if there is one; the hub is not asked."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository, revision, file = wanted
+    if file is not None:
+        cached = try_to_load_from_cache(repository, file, revision=revision)
+        return Path(cached) if isinstance(cached, str) else None
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        return folder / choose_weight_file(repository, files)
+    except (LocalEntryNotFoundError, CheckpointError):
+        return None
 
 
 def choose_weight_file(repository: str, files: list[str]) -> str:
@@ -283,7 +378,7 @@ def load_lpd(source: str | Path, *, grid: int | None = None, heads: int | None =
     """An LPD with the weights of a checkpoint, in float32, for inference.
 
     Args:
-        source: a path, `hf:ORG/NAME` or `hf:ORG/NAME/FILE`.
+        source: a path, or `hf:ORG/NAME[@REVISION][/FILE]`.
         grid: resize the positions to this grid; by default the checkpoint's own.
         heads: attention heads, where the model's width / 64 is not right.
 
@@ -308,7 +403,7 @@ def load_tokenizer(source: str | Path) -> VQTokenizer:
     """A VQ tokenizer with the weights of a checkpoint, in float32, for inference.
 
     Args:
-        source: a path, `hf:ORG/NAME` or `hf:ORG/NAME/FILE`.
+        source: a path, or `hf:ORG/NAME[@REVISION][/FILE]`.
 
     Raises:
         CheckpointError: naming the file and the key or shape that is wrong.

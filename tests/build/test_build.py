@@ -1,9 +1,12 @@
 """Builds: what comes out of one, and every way in which one is refused, fails or is stopped."""
 
 import json
+import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,10 +20,13 @@ from PIL import Image
 import lpd_export.build.build
 import lpd_export.build.settings
 from commandline import Answer, answer, end, entries, mistake, sentence, start, wait_for
+from lpd_export.accuracy.sides import find_weights
 from lpd_export.build.build import build
+from lpd_export.build.published import PublishedSettings
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
+from lpd_export.files import sha256
 from lpd_export.schedule.schedule import Schedule
 from lpd_reference.checkpoint import CheckpointError
 
@@ -142,13 +148,11 @@ def test_the_default_name_and_force(
 def test_what_res_alone_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def locate(source: str) -> Path:
-        asked.append(source)
-        if source.endswith("vq_ds16_c2i.pt"):
-            return EMOJI_WEIGHTS / "vq_emoji32.pt"
+    def locate_all(sources: list[str]) -> list[Path]:
+        asked.extend(sources)
         raise CheckpointError("no hub here")
 
-    monkeypatch.setattr(lpd_export.build.settings, "locate", locate)
+    monkeypatch.setattr(lpd_export.build.settings, "locate_all", locate_all)
     for options, repository in (
         (["--res", 256], "mit-han-lab/lpd_l_256"),
         (["--model", "lpd-xxl"], "mit-han-lab/lpd_xxl_256"),
@@ -158,6 +162,72 @@ def test_what_res_alone_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert mistake("build", *options, "--out", tmp_path / "a") == "no hub here"
         assert asked == ["hf:FoundationVision/LlamaGen/vq_ds16_c2i.pt", f"hf:{repository}"]
     assert entries(tmp_path) == []
+
+
+FIND_AGAIN = """
+import json, sys
+from lpd_export.accuracy.sides import find_weights
+from lpd_export.build.build import describe_making
+from lpd_export.build.request import BuildRequest
+from lpd_export.build.settings import load
+
+request = BuildRequest(res=256)
+made = describe_making(request, load(request, lambda stage: None))
+remarks = []
+files = [find_weights(f"--{key}", None, made[key], remarks) for key in ("checkpoint", "tokenizer")]
+print(json.dumps([made["checkpoint"], made["tokenizer"], *map(str, files), remarks]))
+"""
+
+
+def test_published_weights_are_found_again(small_weights: Path, tmp_path: Path) -> None:
+    commit, cached = "0123456789abcdef0123456789abcdef01234567", []
+    for repository, file, small in (
+        ("mit-han-lab/lpd_l_256", "lpd_l_256.pth", "lpd.pth"),
+        ("FoundationVision/LlamaGen", "vq_ds16_c2i.pt", "vq.pt"),
+    ):
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        cached.append(folder / "snapshots" / commit / file)
+        cached[-1].parent.mkdir(parents=True)
+        shutil.copy(small_weights / small, cached[-1])
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text(commit)
+    finished = subprocess.run(
+        [sys.executable, "-c", FIND_AGAIN],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    checkpoint, tokenizer, *files, remarks = json.loads(finished.stdout)
+    assert checkpoint == {
+        "source": f"hf:mit-han-lab/lpd_l_256@{commit}/lpd_l_256.pth",
+        "sha256": sha256(cached[0]),
+    }
+    assert tokenizer == {
+        "source": f"hf:FoundationVision/LlamaGen@{commit}/vq_ds16_c2i.pt",
+        "sha256": sha256(cached[1]),
+    }
+    assert files == [str(path) for path in cached]
+    assert remarks == []
+
+
+def test_weights_of_a_relative_path_are_found_from_anywhere(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_weights)
+    request = BuildRequest(checkpoint="lpd.pth", tokenizer=f"../{small_weights.name}/vq.pt")
+    source = lpd_export.build.build.load(request, print)
+    made, remarks = lpd_export.build.build.describe_making(request, source), list[str]()
+    monkeypatch.chdir(tmp_path)
+    for key, name in (("checkpoint", "lpd.pth"), ("tokenizer", "vq.pt")):
+        found = find_weights(f"--{key}", None, made[key], remarks)
+        assert str(found) == made[key]["source"] == str(small_weights.resolve() / name)
+    assert remarks == []
+
+
+def test_a_pinned_revision_is_part_of_where_the_weights_are() -> None:
+    pinned = PublishedSettings("lpd-xl", 512, 48, 6.0, 4, revision="abc")
+    assert pinned.checkpoint == "hf:mit-han-lab/lpd_xl_512@abc"
 
 
 # --------------------------------------------------------------------------------- bad requests

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -37,7 +38,13 @@ from lpd_reference import (
     load_lpd,
     load_tokenizer,
 )
-from lpd_reference.checkpoint import choose_weight_file, locate, read_state_dict, resize_positions
+from lpd_reference.checkpoint import (
+    choose_weight_file,
+    locate,
+    locate_all,
+    read_state_dict,
+    resize_positions,
+)
 
 MODELS = Path(__file__).parents[1] / "data" / "lpd-emoji32"
 EMOJI_LPD = MODELS / "lpd_emoji32.pth"
@@ -613,6 +620,8 @@ def test_a_resized_model_generates(tmp_path: Path, grid: int) -> None:
         "hf:org/na--me",
         "hf:org/name.git",
         "hf:org/na?me",
+        "hf:org/name@",
+        "hf:org/name@/file.pth",
     ],
 )
 def test_names_that_are_no_repository(source: str) -> None:
@@ -694,15 +703,15 @@ class HubRequest(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            self.tree("/".join(parts[2:4]))
+            self.tree("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
         elif len(parts) > 4 and parts[2] == "resolve":
-            self.file("/".join(parts[:2]), "/".join(parts[4:]))
+            self.file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             self.reply(200, b"hub")
 
-    def tree(self, repository: str) -> None:
+    def tree(self, repository: str, revision: str) -> None:
         """The list of a repository's files."""
-        if not self.allow(repository):
+        if not self.allow(repository, revision):
             return
         files = [
             {"type": "file", "path": name, "size": len(content), "oid": f"{len(name):040x}"}
@@ -710,8 +719,8 @@ class HubRequest(BaseHTTPRequestHandler):
         ]
         self.reply(200, json.dumps(files).encode(), {"Content-Type": "application/json"})
 
-    def file(self, repository: str, name: str) -> None:
-        if not self.allow(repository):
+    def file(self, repository: str, revision: str, name: str) -> None:
+        if not self.allow(repository, revision):
             return
         content = self.server.repositories[repository].get(name)
         if content is None:
@@ -720,13 +729,17 @@ class HubRequest(BaseHTTPRequestHandler):
             etag = f'"{len(content):x}-{name.replace("/", "-")}"'
             self.reply(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
 
-    def allow(self, repository: str) -> bool:
+    def allow(self, repository: str, revision: str) -> bool:
         if repository.endswith("/gated"):
             self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
         elif repository.endswith("/private"):
             self.reply(401, b"", {"X-Error-Code": "RepoNotFound"})
         elif repository not in self.server.repositories:
             self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif revision not in ("main", COMMIT):
+            self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif repository.endswith("/broken"):
+            self.reply(500, b"")
         else:
             return True
         return False
@@ -746,24 +759,36 @@ class HubRequest(BaseHTTPRequestHandler):
 LOAD_SOURCES = """
 import json, sys, time
 from lpd_reference import CheckpointError, load_lpd, load_tokenizer
+from lpd_reference.checkpoint import lasting_source, locate
 
 answers = {}
 for source in sys.argv[1:]:
     load = load_tokenizer if "vq" in source else load_lpd
-    started = time.monotonic()
+    started, again = time.monotonic(), None
     try:
+        again = lasting_source(source, locate(source))
         answer = sum(value.double().sum().item() for value in load(source).state_dict().values())
     except CheckpointError as error:
         answer = str(error)
-    answers[source] = [answer, time.monotonic() - started]
+    answers[source] = [answer, time.monotonic() - started, again]
 print(json.dumps(answers))
 """
 
-Answers = dict[str, tuple[float | str, float]]
+Answers = dict[str, tuple[float | str, float, str | None]]
 
 
-def load_from_hub(endpoint: str, home: Path, sources: list[str]) -> tuple[Answers, str]:
-    """Loads in a fresh process, as the hub's address is read once; the sum of weights or error."""
+def load_from_hub(
+    endpoint: str,
+    home: Path,
+    sources: list[str],
+    offline: bool = False,
+    prepare: Callable[[], None] | None = None,
+) -> tuple[Answers, str]:
+    """Loads in a fresh process, as the hub's address is read once.
+
+    Gives of each source the sum of its weights or the error, the seconds it took, and the source
+    by which it is found again; and standard error.
+    """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k}
     environment = {
         **{k: v for k, v in clean.items() if "PROXY" not in k},
@@ -772,6 +797,7 @@ def load_from_hub(endpoint: str, home: Path, sources: list[str]) -> tuple[Answer
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": str(int(offline)),
     }
     finished = subprocess.run(
         [sys.executable, "-c", LOAD_SOURCES, *sources],
@@ -780,6 +806,7 @@ def load_from_hub(endpoint: str, home: Path, sources: list[str]) -> tuple[Answer
         text=True,
         check=True,
         timeout=300,
+        preexec_fn=prepare,
     )
     return json.loads(finished.stdout), finished.stderr
 
@@ -808,6 +835,11 @@ HUB_SOURCES = [
     "hf:org/gated",
     "hf:org/gated/file.pth",
     "hf:org/damaged",
+    "hf:org/broken/file.pth",
+    f"hf:org/lpd_small@{COMMIT}",
+    "hf:org/lpd_small@main/lpd_small.pth",
+    "hf:org/lpd_small@v9",
+    "hf:org/lpd_small@v9/lpd_small.pth",
 ]
 
 
@@ -829,6 +861,7 @@ def hub_answers(hub_home: Path) -> Iterator[tuple[Answers, list[tuple[str, str]]
             },
             "org/several": {"a.pth": b"", "b.pth": b""},
             "org/without": {"README.md": b""},
+            "org/broken": {"file.pth": b""},
             "org/damaged": {"weights.pth": pickled(lpd_state())[:1000]},
         }
     )
@@ -857,13 +890,16 @@ def test_a_file_is_downloaded(
     assert answers[source][0] == pytest.approx(total(state), rel=1e-9)
     file = source.removeprefix("hf:org/lpd_small/")
     assert requests.count(("GET", f"/org/lpd_small/resolve/main/{file}")) == 1
+    assert answers[source][2] == f"hf:org/lpd_small@{COMMIT}/{file}"
 
 
 def test_a_repository_alone_means_its_namesake(
     hub_answers: tuple[Answers, list[tuple[str, str]]], hub_home: Path
 ) -> None:
     answers, _ = hub_answers
-    assert answers["hf:org/lpd_small"][0] == pytest.approx(total(lpd_state(1)), rel=1e-9)
+    for source in ("hf:org/lpd_small", f"hf:org/lpd_small@{COMMIT}"):
+        assert answers[source][0] == pytest.approx(total(lpd_state(1)), rel=1e-9)
+        assert answers[source][2] == f"hf:org/lpd_small@{COMMIT}/lpd_small.pth"
     assert [path.name for path in hub_home.rglob("lpd_small.pth")] == ["lpd_small.pth"]
 
 
@@ -879,6 +915,8 @@ def test_a_repository_alone_means_its_namesake(
         ("hf:org/missing", "the Hugging Face hub has no repository org/missing"),
         ("hf:org/missing/file.pth", "the Hugging Face hub has no repository org/missing"),
         ("hf:org/private", "the Hugging Face hub has no repository org/private"),
+        ("hf:org/lpd_small@v9", "org/lpd_small has no revision v9"),
+        ("hf:org/lpd_small@v9/lpd_small.pth", "org/lpd_small has no revision v9"),
         *(
             (
                 source,
@@ -900,23 +938,78 @@ def test_a_damaged_download(hub_answers: tuple[Answers, list[tuple[str, str]]]) 
     assert str(message).endswith("weights.pth is truncated or is not a PyTorch checkpoint")
 
 
+CACHED = [
+    "hf:org/lpd_small/lpd_small.pth",
+    f"hf:org/lpd_small@{COMMIT}/lpd_small.pth",
+    "hf:org/lpd_small",
+]
+UNKNOWN = {
+    "hf:mit-han-lab/lpd_l_256": "`hf download mit-han-lab/lpd_l_256`",
+    "hf:mit-han-lab/lpd_l_256@v1/a.pth": (
+        "`hf download mit-han-lab/lpd_l_256 a.pth --revision v1`"
+    ),
+}
+
+
 @pytest.mark.usefixtures("hub_answers")
-def test_a_hub_out_of_reach(hub_home: Path) -> None:
-    cached, unknown, file = (
-        "hf:org/lpd_small/lpd_small.pth",
-        "hf:mit-han-lab/lpd_l_256",
-        "hf:mit-han-lab/lpd_l_256/lpd_l_256.pth",
-    )
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_out_of_reach(hub_home: Path, offline: bool) -> None:
+    cached = CACHED if offline else CACHED[:2]
     with socket.socket() as closed:  # bound, so that it stays closed, and not listened on
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        answers, noise = load_from_hub(endpoint, hub_home, [cached, unknown, file])
-    assert answers[cached][0] == pytest.approx(total(lpd_state(1)), rel=1e-9)
-    for source in (unknown, file):
-        message, seconds = answers[source]
-        assert str(message).startswith(
-            f"cannot fetch {source}: the Hugging Face hub cannot be reached from here; fetch the "
-            "file on another machine and give its path"
+        answers, noise = load_from_hub(endpoint, hub_home, [*cached, *UNKNOWN], offline)
+    for source in cached:
+        assert answers[source][0] == pytest.approx(total(lpd_state(1)), rel=1e-9)
+        assert answers[source][2] == f"hf:org/lpd_small@{COMMIT}/lpd_small.pth"
+    reason = (
+        "HF_HUB_OFFLINE keeps this process offline"
+        if offline
+        else "the Hugging Face hub cannot be reached from here"
+    )
+    for source, command in UNKNOWN.items():
+        message, seconds, _ = answers[source]
+        assert message == (
+            f"cannot fetch {source}: {reason}; where the hub can be reached run {command}, and "
+            f"bring the cache here ({hub_home / 'hub'}) or give the files' paths"
         )
         assert seconds < 30
     assert "Retrying" not in noise
+
+
+def test_a_hub_that_fails(hub_answers: tuple[Answers, list[tuple[str, str]]]) -> None:
+    message = str(hub_answers[0]["hf:org/broken/file.pth"][0])
+    assert message.startswith("cannot fetch hf:org/broken/file.pth: the Hugging Face hub ")
+
+
+def test_all_files_out_of_reach_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sources = ["hf:org/gone_vq/vq.pt", str(EMOJI_LPD), "hf:org/gone_lpd"]
+    with pytest.raises(CheckpointError) as raised:
+        locate_all(sources)
+    said = str(raised.value)
+    assert said.startswith("cannot fetch hf:org/gone_vq/vq.pt and hf:org/gone_lpd: HF_HUB_OFFLINE")
+    assert "run `hf download org/gone_vq vq.pt` and `hf download org/gone_lpd`, and" in said
+    assert locate_all([str(EMOJI_LPD)]) == [EMOJI_LPD]
+
+
+def small_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+
+def test_a_download_that_does_not_fit(tmp_path: Path) -> None:
+    """A limit on a file's size stands for a full disk: the system's error differs in its number."""
+    hub = Hub({"org/lpd_small": {"lpd_small.pth": pickled(released(lpd_state(1)))}})
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    source = "hf:org/lpd_small/lpd_small.pth"
+    try:
+        message = load_from_hub(hub.url, tmp_path, [source], prepare=small_disk)[0][source][0]
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
+    assert message == (
+        f"cannot keep {source} in {tmp_path / 'hub'}: File too large; make room there, or set "
+        "HF_HOME to a folder where there is"
+    )
