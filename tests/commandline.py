@@ -49,12 +49,15 @@ def sentence(said: Answer) -> str:
     return last.removeprefix("lpd-export: error: ")
 
 
-def start(*arguments: object, **settings: object) -> subprocess.Popen[str]:
-    """A command in a process of its own, its standard error to be read line by line."""
+def start(*arguments: object, both: bool = False, **settings: object) -> subprocess.Popen[str]:
+    """A command in a process of its own, its standard error to be read line by line.
+
+    `both` leads standard error to standard output, as `2>&1` does.
+    """
     return subprocess.Popen(
         [str(COMMAND), *map(str, arguments)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT if both else subprocess.PIPE,
         text=True,
         # The number of terminal columns must not change what a test sees.
         env={**os.environ, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"},

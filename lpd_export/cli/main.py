@@ -14,12 +14,19 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 
 import click
 
-from lpd_export.cli.exit_codes import EXIT_INTERRUPTED, EXIT_MISTAKE
+from lpd_export.cli.exit_codes import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    EXIT_READER_GONE,
+)
+from lpd_export.cli.streams import lossy_stderr
 from lpd_export.errors import Interrupted, UserError
 
 COMMANDS = ("build", "run", "verify", "schedule", "inspect", "doctor")
@@ -38,29 +45,53 @@ def main(arguments: list[str] | None = None) -> None:
         if number and signal.getsignal(number) is not signal.SIG_IGN:
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(number, interrupt)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(AttributeError, OSError):  # closed, or not a file
+            stack.enter_context(lossy_stderr(sys.stderr.fileno()))
+        sys.exit(run_command(arguments))
+
+
+def run_command(arguments: list[str] | None) -> int:
+    """Runs what was typed, says what went wrong with it, and gives the exit code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say_warning
-            commands.main(arguments, prog_name="lpd-export", standalone_mode=False)
+            return commands.main(arguments, prog_name="lpd-export", standalone_mode=False) or 0
     except UserError as error:
-        fail(str(error))
+        return mistake(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
-        sys.exit(EXIT_MISTAKE)
+        return EXIT_MISTAKE
     except click.ClickException as error:
-        fail(error.format_message().rstrip("."), hint=help_hint(error))
+        return mistake(error.format_message().rstrip("."), hint=help_hint(error))
     except Interrupted as stopped:
         click.echo(f"lpd-export: {stopped}", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
     except click.Abort:
         click.echo("lpd-export: interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    except ReaderGoneError:
+        drop_output()
+        return EXIT_READER_GONE
     except OSError as error:
         if error.filename is None:
-            # Standard output is full or closed: what it still holds cannot go there either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
         what = f"use {error.filename}" if error.filename else "write the result"
-        fail(f"cannot {what}: {error.strerror or error}")
+        return mistake(f"cannot {what}: {error.strerror or error}")
+    except Exception as error:
+        traceback.print_exc()
+        click.echo(
+            f"lpd-export: {type(error).__name__}: {one_line(error)}: this is a fault of "
+            "lpd-export, not of what you asked for; please report it, with the lines above and "
+            "what `lpd-export doctor` says, as an issue of the repository that it came from",
+            err=True,
+        )
+        return EXIT_FAULT
+
+
+def drop_output() -> None:
+    """Standard output is full or closed: what it still holds cannot go there either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -82,16 +113,23 @@ def interrupter() -> Callable[[int, object], None]:
     return interrupt
 
 
-def fail(message: str, hint: str = "") -> None:
-    """Says in one line what was wrong, and exits."""
-    one_line = " ".join(message.split())
-    click.echo(f"lpd-export: error: {one_line}{hint}", err=True)
-    sys.exit(EXIT_MISTAKE)
+def mistake(message: str, hint: str = "") -> int:
+    """Says in one line what was wrong, and gives the exit code."""
+    click.echo(f"lpd-export: error: {one_line(message)}{hint}", err=True)
+    return EXIT_MISTAKE
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 def help_hint(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     return f" (see `{context.command_path} --help`)" if context else ""
+
+
+class ReaderGoneError(Exception):
+    """What reads standard output closed it."""
 
 
 class LazyGroup(click.Group):
@@ -105,6 +143,12 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(f"lpd_export.cli.{name}"), name)
         return command
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError as error:  # click would exit with 1, and standard error is lossy
+            raise ReaderGoneError from error
 
     def resolve_command(
         self, context: click.Context, args: list[str]

@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from lpd_export.cli.streams import lossy_stderr
+
 
 @contextlib.contextmanager
 def stages() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
@@ -56,9 +58,9 @@ def stderr_of_its_own() -> Iterator[None]:
     """Leads sys.stderr past file descriptor 2, which is the log's while TensorRT compiles."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(AttributeError, OSError):  # closed, or not a file
-            encoding, errors = sys.stderr.encoding, sys.stderr.errors
-            another = os.fdopen(os.dup(sys.stderr.fileno()), "w", 1, encoding, errors)
-            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(another)))
+            another = os.dup(sys.stderr.fileno())
+            stack.callback(os.close, another)
+            stack.enter_context(lossy_stderr(another))
         yield
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 import lpd_export.cli.main
 from commandline import COMMAND, answer, end, entries, mistake, sentence, start
 from lpd_export.bundle.manifest import Bundle
+from lpd_export.cli.exit_codes import EXIT_FAULT, EXIT_MISTAKE, EXIT_READER_GONE
 from lpd_export.schedule.schedule import Schedule
 
 COMMANDS = (["build"], ["run"], ["verify"], ["schedule", "make"], ["schedule", "check"])
@@ -326,7 +327,64 @@ def test_a_reader_that_goes_away(emoji_bundle: Path) -> None:
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == ""
-    process.wait(60)
+    assert process.wait(60) == EXIT_READER_GONE
+
+
+# -------------------------------------------------------------------------------- standard error
+
+
+def images_of(folder: Path) -> list[str]:
+    return [path.name for path in sorted(folder.glob("000*.png"))]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_standard_error(small_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    command = [COMMAND, "run", small_bundle, "--class", "0", "-n", "6", "--out", out]
+    with open("/dev/full", "w") as full:
+        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert said.returncode == 0
+    assert said.stdout.startswith("6 images in ")
+    assert len(images_of(out)) == 6
+    with open("/dev/full", "w") as full:  # a mistake keeps its code, though nobody hears of it
+        assert subprocess.run(command, stderr=full).returncode == EXIT_MISTAKE
+
+
+def test_a_reader_of_progress_that_goes_away(small_bundle: Path, tmp_path: Path) -> None:
+    process = start("run", small_bundle, "--class", "0", "-n", 6, "--out", tmp_path / "a")
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.stdout is not None
+    assert process.stdout.read().startswith("6 images in ")
+    assert process.wait(60) == 0
+    assert len(images_of(tmp_path / "a")) == 6
+
+
+def test_one_reader_of_both_that_goes_away(small_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    process = start("run", small_bundle, "--class", "0", "-n", 6, "--out", out, both=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"loading {small_bundle}\n"
+    process.stdout.close()
+    assert process.wait(60) == EXIT_READER_GONE
+    assert len(images_of(out)) == 6
+    assert (out / "contact_sheet.png").is_file()
+
+
+# ----------------------------------------------------------------------------------------- faults
+
+
+def test_a_fault_of_our_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def faulty(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of two\nlines")
+
+    monkeypatch.setattr(Schedule, "load", faulty)
+    said = answer("schedule", "check", tmp_path / "a.npz")
+    assert (said.code, said.out) == (EXIT_FAULT, "")
+    first, *_, last = said.err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last.startswith("lpd-export: ZeroDivisionError: of two lines: this is a fault of lpd-")
+    assert "please report it" in last
 
 
 def test_progress_on_a_log_is_lines(small_bundle: Path, tmp_path: Path) -> None:
