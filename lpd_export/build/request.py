@@ -1,19 +1,28 @@
 """What to build: the request behind `lpd-export build`, and its TOML file form.
 
 A recipe names the same settings as the command line, with the same words; paths in it are
-relative to the recipe.
+relative to the recipe. The types and bounds of all settings are here; what they mean together is
+in `settings`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tomllib
-import types
-import typing
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lpd_export.errors import UserError
 
@@ -27,44 +36,6 @@ PATHS = (
     "out",
 )
 HUB_PREFIX = "hf:"
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """Everything that a user can say of a build; None leaves it to the build.
-
-    See `lpd-export build --help` for what each means.
-    """
-
-    model: str | None = None
-    res: int | None = None
-    steps: int | None = None
-    checkpoint: str | None = None
-    tokenizer: str | None = None
-    heads: int | None = None
-    classes: str | None = None
-    schedule: str | None = None
-    orders: int | None = None
-    repulsion: int | None = None
-    cfg: float | None = None
-    guidance: str = "linear"
-    precision: str = "fp32"
-    keep_layers: str | None = None
-    backend: str = "onnxruntime"
-    max_batch: int | None = None
-    workspace: int | None = None
-    optimization_level: int | None = None
-    timing_cache: str | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    compute_capability: tuple[str, ...] = ()
-    weight_stripped: bool = False
-    random_weights: bool = False
-    seed: int = 0
-    out: str | None = None
-    force: bool = False
-
-
 ENGINE_FIELDS = (
     "workspace",
     "optimization_level",
@@ -82,6 +53,99 @@ CHOICES = {
 }
 
 
+class BuildRequest(BaseModel):
+    """Everything that a user can say of a build; None leaves it to the build.
+
+    See `lpd-export build --help` for what each means.
+
+    Raises:
+        UserError: for an unknown setting, one of a wrong type, or one out of its bounds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str | None = None
+    res: Annotated[int, Field(ge=1, le=2048)] | None = None
+    steps: Annotated[int, Field(ge=1, le=16384)] | None = None
+    checkpoint: str | None = None
+    tokenizer: str | None = None
+    heads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    classes: str | None = None
+    schedule: str | None = None
+    orders: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    repulsion: Annotated[int, Field(ge=0, le=1024)] | None = None
+    cfg: Annotated[float, Field(ge=0, le=1000)] | None = None
+    guidance: str = "linear"
+    precision: str = "fp32"
+    keep_layers: str | None = None
+    backend: str = "onnxruntime"
+    max_batch: Annotated[int, Field(ge=1, le=4096)] | None = None
+    workspace: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    timing_cache: str | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    compute_capability: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    weight_stripped: bool = False
+    random_weights: bool = False
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
+    out: str | None = None
+    force: bool = False
+
+    @field_validator(*CHOICES)
+    @classmethod
+    def _is_a_choice(cls, value: str, info: ValidationInfo) -> str:
+        if value not in CHOICES[str(info.field_name)]:
+            raise ValueError
+        return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told_in_a_sentence(
+        cls, values: Any, handler: ModelWrapValidatorHandler[BuildRequest], info: ValidationInfo
+    ) -> BuildRequest:
+        """The context of a validation, if any, gives each setting the name that its user used."""
+        try:
+            return handler(values)
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0])
+            if name not in cls.model_fields:
+                raise UserError(f"there is no setting {name!r}; there are {known()}") from error
+            written: Callable[[str], str] = info.context or option
+            raise UserError(
+                f"{written(name)} must be {wanted(name)}, but it is {values[name]!r}"
+            ) from error
+
+
+def option(name: str) -> str:
+    """A setting as the command line writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def known() -> str:
+    """The settings of a recipe, as it writes them."""
+    names = (name for name in BuildRequest.model_fields if name != "force")
+    return ", ".join(name.replace("_", "-") for name in names)
+
+
+def wanted(name: str) -> str:
+    """What a setting must be, in words."""
+    if name in CHOICES:
+        return " or ".join(CHOICES[name])
+    schema = BuildRequest.model_json_schema()["properties"][name]
+    schema = schema.get("anyOf", [schema])[0]
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "string": "text in quotes",
+        "boolean": "true or false",
+        "array": "a list of texts in quotes",
+    }[schema["type"]]
+    if "minimum" in schema:
+        words += f" from {schema['minimum']} to {schema['maximum']}"
+    return words
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a recipe by field of BuildRequest; `out` defaults to the recipe's stem.
 
@@ -97,51 +161,22 @@ def read_recipe(path: Path) -> dict[str, Any]:
         entries = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
-    types_by_key = field_types()
-    settings: dict[str, Any] = {"out": str(path.with_suffix(""))}
-    for key, value in entries.items():
-        name = key.replace("-", "_")
-        where = f"{path}, line {_line_of(key, text)}"
-        if name not in types_by_key or name == "force":
-            known = ", ".join(name.replace("_", "-") for name in types_by_key if name != "force")
-            raise UserError(f"{where}: there is no setting {key!r}; there are {known}")
-        settings[name] = _checked(key, name, value, types_by_key[name], where)
-        if name in PATHS and not value.startswith(HUB_PREFIX):
-            settings[name] = str(path.parent / value)
+    keys = {key.replace("-", "_"): key for key in entries}
+
+    def written(name: str) -> str:
+        return f"{path}, line {_line_of(keys[name], text)}: {keys[name]}"
+
+    for name, key in keys.items():
+        if name not in BuildRequest.model_fields or name == "force":
+            where = f"{path}, line {_line_of(key, text)}"
+            raise UserError(f"{where}: there is no setting {key!r}; there are {known()}")
+    values = {name: entries[key] for name, key in keys.items()}
+    request = BuildRequest.model_validate(values, context=written)
+    settings = {"out": path.stem, **request.model_dump(exclude_unset=True)}
+    for name in PATHS:
+        if name in settings and not settings[name].startswith(HUB_PREFIX):
+            settings[name] = str(path.parent / settings[name])
     return settings
-
-
-def field_types() -> dict[str, type]:
-    """The type of each setting, None aside."""
-    hints = typing.get_type_hints(BuildRequest)
-
-    def plain(hint: Any) -> type:
-        if typing.get_origin(hint) is tuple:
-            return tuple
-        options = typing.get_args(hint) or (hint,)
-        return next(option for option in options if option is not types.NoneType)
-
-    return {field.name: plain(hints[field.name]) for field in dataclasses.fields(BuildRequest)}
-
-
-def _checked(key: str, name: str, value: Any, expected: type, where: str) -> Any:
-    words = {
-        int: "a whole number",
-        float: "a number",
-        str: "text in quotes",
-        bool: "true or false",
-        tuple: "a list of texts in quotes",
-    }
-    accepted: Any = {float: (int, float), tuple: list}.get(expected, expected)
-    if (
-        not isinstance(value, accepted)
-        or (isinstance(value, bool) and expected is not bool)
-        or (expected is tuple and not all(isinstance(entry, str) for entry in value))
-    ):
-        raise UserError(f"{where}: {key} must be {words[expected]}, but it is {value!r}")
-    if name in CHOICES and value not in CHOICES[name]:
-        raise UserError(f"{where}: {key} must be {' or '.join(CHOICES[name])}, but it is {value!r}")
-    return expected(value)
 
 
 def _line_of(key: str, text: str) -> int:

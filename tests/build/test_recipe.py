@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from commandline import entries, mistake
-from lpd_export.build.request import BuildRequest, field_types, read_recipe
+from lpd_export.build.request import BuildRequest, read_recipe
 from lpd_export.errors import UserError
 
 
@@ -69,28 +69,39 @@ def test_where_the_bundle_goes(tmp_path: Path) -> None:
     assert read_recipe(write(tmp_path, "", "lpd-0.5.toml"))["out"] == f"{tmp_path}/lpd-0.5"
 
 
-def test_the_types_of_the_settings() -> None:
-    types = field_types()
-    assert types["res"] is int
-    assert types["cfg"] is float
-    assert types["out"] is str
-    assert types["force"] is bool
-    assert types["seed"] is int
-    assert list(types) == list(BuildRequest.__dataclass_fields__)
+def test_a_request_from_python() -> None:
+    for wrong, message in (
+        ({"res": "256"}, "--res must be a whole number from 1 to 2048, but it is '256'"),
+        ({"cfg": 1e308}, "--cfg must be a number from 0 to 1000, but it is 1e+308"),
+        ({"max_batch": True}, "--max-batch must be a whole number from 1 to 4096, but it is True"),
+        ({"precision": None}, "--precision must be fp32 or bf16 or fp16 or int8, but it is None"),
+        ({"compute_capability": [8]}, "--compute-capability must be a list of texts in quotes"),
+        ({"step": 20}, "there is no setting 'step'; there are model, res, steps"),
+    ):
+        with pytest.raises(UserError) as raised:
+            BuildRequest(**wrong)
+        assert str(raised.value).startswith(message)
+    assert BuildRequest(cfg=3).cfg == 3.0
+    assert BuildRequest(seed=2**64 - 1).seed == 2**64 - 1
 
 
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
         ("res = 256\nstep = 20", 2, "there is no setting 'step'; there are model, res, steps,"),
-        ("\n\n'res' = '256'", 3, "res must be a whole number, but it is '256'"),
-        ("res = 256.0", 1, "res must be a whole number, but it is 256.0"),
-        ("steps = true", 1, "steps must be a whole number, but it is True"),
-        ("cfg = '3'", 1, "cfg must be a number, but it is '3'"),
-        ("cfg = false", 1, "cfg must be a number, but it is False"),
+        ("\n\n'res' = '256'", 3, "res must be a whole number from 1 to 2048, but it is '256'"),
+        ("res = 256.0", 1, "res must be a whole number from 1 to 2048, but it is 256.0"),
+        ("steps = true", 1, "steps must be a whole number from 1 to 16384, but it is True"),
+        ("cfg = '3'", 1, "cfg must be a number from 0 to 1000, but it is '3'"),
+        ("cfg = false", 1, "cfg must be a number from 0 to 1000, but it is False"),
         ("# hi\ncheckpoint = 3", 2, "checkpoint must be text in quotes, but it is 3"),
         ("checkpoint = ['a']", 1, "checkpoint must be text in quotes"),
         ("random-weights = 1", 1, "random-weights must be true or false, but it is 1"),
+        ("steps = 4\ncfg = 1e300", 2, "cfg must be a number from 0 to 1000, but it is 1e+300"),
+        ("cfg = nan", 1, "cfg must be a number from 0 to 1000, but it is nan"),
+        ("orders = 1000000000", 1, "orders must be a whole number from 1 to 10000, but it is 1000"),
+        ("\nmax-batch = 0", 2, "max-batch must be a whole number from 1 to 4096, but it is 0"),
+        ("compute-capability = '8.9'", 1, "compute-capability must be a list of texts in quotes"),
         ("precision = 'fp8'", 1, "precision must be fp32 or bf16 or fp16 or int8, but it is 'fp8'"),
         ("guidance = 'cosine'", 1, "guidance must be linear or constant"),
         ("backend = 'tvm'", 1, "backend must be onnxruntime or"),
