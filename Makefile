@@ -1,5 +1,5 @@
 # make demo: environment, bundle and images. make test: every test; make test-unit: those that
-# need no bundle, in a minute. make lint: style and types.
+# need no bundle, in a minute. make lint: style, types and docs; make docs: the pages as a site.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := engines/demo/manifest.json
 
-.PHONY: demo test test-unit lint benchmark clean
+.PHONY: demo test test-unit lint docs benchmark clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)
@@ -36,6 +36,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MKDOCS) --quiet
+
+# A link or a reference that leads nowhere is an error.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs: $(READY)
+	$(MKDOCS)
+	@echo "Look at build/docs/index.html"
 
 benchmark: $(READY)
 	$(BIN)/python scripts/benchmark.py

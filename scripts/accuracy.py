@@ -1,4 +1,4 @@
-"""Verifies bundles of every precision, and prints the table of the README.
+"""Verifies bundles of every precision, and prints the table of docs/verification.md.
 
     python scripts/accuracy.py                  # the demo model, 64 images
     python scripts/accuracy.py --model lpd-l    # lpd-l at 256 px with random weights, 2 images
@@ -90,7 +90,7 @@ def worst(found: dict[str, Any], metric: str) -> float:
     "--folder", type=click.Path(path_type=Path), default=Path("engines/accuracy"), show_default=True
 )
 def main(model: str, images: int | None, precisions: tuple[str, ...], folder: Path) -> None:
-    """Verifies bundles of every precision, and prints the table of the README."""
+    """Verifies bundles of every precision, and prints the table of docs/verification.md."""
     count = images or DEFAULT_IMAGES[model]
     table = Table("precision", *(title for _, title, _ in COLUMNS), "seconds", "verdict")
     for precision in precisions or BACKENDS:

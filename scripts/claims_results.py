@@ -96,7 +96,7 @@ class Claims:
 
 
 def table(claims: Claims) -> str:
-    """The result as a table in Markdown, for the README and the terminal alike."""
+    """The result as a table in Markdown, for the docs and the terminal alike."""
     raster, published = claims.rows[0], replace(claims.rows[-1].variant, mutual_visibility=True)
     lines = [
         "| order | steps | Fréchet distance | accuracy | nats a token | ms an image | faster |",

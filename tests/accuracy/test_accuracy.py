@@ -69,7 +69,7 @@ PHASE_FILES = [f"{phase}.onnx" for phase in PHASES[:4]]
 TABLE = [*PHASES, "sequence", "generation"]
 METRICS = [threshold.metric for threshold in THRESHOLDS]
 BIN = Path(sys.executable).parent
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "verification.md"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 FloatArray = NDArray[np.float32]
@@ -858,18 +858,18 @@ def test_polygraphy_alone_sees_other_outputs(
     assert set(re.findall(r"FAILED \| Output: '(\w+)'", said.stdout)) == {output}
 
 
-def readme_block(words: str) -> list[str]:
-    """The commands of the block of README.md that holds these words."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+def block_of_the_page(words: str) -> list[str]:
+    """The commands of the block of docs/verification.md that holds these words."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     (block,) = (block for block in blocks if words in block)
     return block.replace("\\\n", " ").splitlines()
 
 
-def test_the_readme_s_own_lines(emoji_bundle: Path, tmp_path: Path) -> None:
+def test_the_page_s_own_lines(emoji_bundle: Path, tmp_path: Path) -> None:
     """The one that verifies and the one that needs Polygraphy alone, as they stand there."""
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines/demo").symlink_to(emoji_bundle)
-    verifying, alone = readme_block("polygraphy run")
+    verifying, alone = block_of_the_page("polygraphy run")
     program, *arguments = shlex.split(verifying)
     assert program == "lpd-export"
     with contextlib.chdir(tmp_path):

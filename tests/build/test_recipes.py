@@ -169,7 +169,7 @@ def test_a_wheel_holds_the_recipes_and_every_module(tmp_path: Path) -> None:
     source, extracted = tmp_path / "source", tmp_path / "wheel"
     for name in ("lpd_export", "reference", "engines"):
         for path in (REPOSITORY / name).rglob("*"):
-            if path.suffix in (".py", ".toml"):
+            if path.suffix in (".py", ".toml") or path.name == "py.typed":
                 copy = source / path.relative_to(REPOSITORY)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, copy)
@@ -185,13 +185,14 @@ def test_a_wheel_holds_the_recipes_and_every_module(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(extracted)
+    assert (extracted / "lpd_export" / "py.typed").is_file()
     recipes = {path.relative_to(extracted).as_posix() for path in extracted.rglob("*.toml")}
     assert recipes == {f"lpd_export/engines/{name}.toml" for name in (*ROWS, "demo")}
-    for package in ("lpd_export", "reference"):
-        modules = {path.relative_to(REPOSITORY) for path in (REPOSITORY / package).rglob("*.py")}
+    for package, home in (("lpd_export", REPOSITORY), ("lpd_reference", REPOSITORY / "reference")):
+        modules = {path.relative_to(home) for path in (home / package).rglob("*.py")}
         held = {path.relative_to(extracted) for path in (extracted / package).rglob("*.py")}
         assert held == modules
-    script = "from lpd_export.recipes import find_recipe; print(find_recipe('lpd-xl-512'))"
+    script = "from lpd_export.build.recipes import find_recipe; print(find_recipe('lpd-xl-512'))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

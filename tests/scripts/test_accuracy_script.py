@@ -1,4 +1,4 @@
-"""scripts/accuracy.py: the table of the README, from what `lpd-export verify` finds."""
+"""scripts/accuracy.py: the table of docs/verification.md, from what `lpd-export verify` finds."""
 
 from __future__ import annotations
 

@@ -1,0 +1,119 @@
+"""What others build on: docs/versions.md promises it, and a change here is a change of version."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib.resources import files
+
+import click
+import pytest
+
+import lpd_export
+from lpd_export.cli.main import commands
+
+pytestmark = pytest.mark.unit
+
+PIPELINE = {
+    "bind_steps",
+    "check_batch",
+    "choose_schedule",
+    "detokenize",
+    "dimensions",
+    "executor",
+    "forced_logits",
+    "generate",
+    "open",
+    "sampling",
+    "stream",
+    "teacher_forced_logits",
+    "tokenize",
+    "trace",
+}
+WORDS = {
+    "build": "RECIPE --res --model --steps --checkpoint --tokenizer --heads --classes --schedule "
+    "--orders --repulsion --cfg --guidance --precision --keep-layers --backend --max-batch "
+    "--workspace --optimization-level --timing-cache --version-compatible --hardware-compatible "
+    "--compute-capability --weight-stripped --random-weights --seed --out --force --json",
+    "run": "BUNDLE --class -n --seed --cfg --guidance --temperature --top-k --top-p --batch "
+    "--schedule --steps --device --threads --save-tokens --trace --resume --out --json",
+    "verify": "BUNDLE --against --checkpoint --tokenizer --images --seed --threshold --by-layer "
+    "--bisect --save-phases --onnx --device --threads --out --json",
+    "schedule make": "--res --steps --kind --repulsion --proximity --count --seed --stride --out "
+    "--force --json",
+    "schedule check": "FILE --steps --json",
+    "schedule show": "FILE --steps --order --out --force --json",
+    "inspect": "BUNDLE --classes --batch --json",
+    "doctor": "--json",
+}
+"""Of the command line."""
+
+
+def leaves(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    """Every command that is no group, by its full name."""
+    context, found = click.Context(group), {}
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            found.update(leaves(command, f"{prefix}{name} "))
+        else:
+            found[prefix + name] = command
+    return found
+
+
+def words(command: click.Command) -> set[str]:
+    """Arguments in capitals, and the options as they are typed."""
+    return {
+        word
+        for parameter in command.params
+        for word in (
+            [parameter.human_readable_name]
+            if isinstance(parameter, click.Argument)
+            else parameter.opts
+        )
+    }
+
+
+def test_what_the_package_names() -> None:
+    assert set(lpd_export.__all__) == {"Pipeline", "UserError"}
+    for name in lpd_export.__all__:
+        assert getattr(lpd_export, name).__name__ == name
+    assert lpd_export.__version__
+    with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
+        _ = lpd_export.Pipelines
+
+
+def test_what_a_pipeline_can_do() -> None:
+    public = {name for name in vars(lpd_export.Pipeline) if not name.startswith("_")}
+    assert public >= PIPELINE
+    for name in public:
+        assert inspect.getdoc(getattr(lpd_export.Pipeline, name)), f"{name} has no docstring"
+
+
+def test_what_one_generates_with() -> None:
+    parameters = inspect.signature(lpd_export.Pipeline.generate).parameters
+    assert [*parameters][:2] == ["self", "classes"]
+    assert {"seed", "cfg", "batch", "schedule", "progress"} < set(parameters)
+
+
+def test_the_words_of_the_command_line() -> None:
+    """Nothing goes; what a version adds is added to the list."""
+    found = leaves(commands)
+    assert set(found) >= set(WORDS)
+    for name, text in WORDS.items():
+        gone = set(text.split()) - words(found[name])
+        assert not gone, f"`lpd-export {name}` has lost {gone}"
+
+
+def test_types_are_told_to_who_uses_the_package() -> None:
+    assert (files("lpd_export") / "py.typed").is_file()
+
+
+def test_the_package_and_its_help_do_not_wait_for_torch() -> None:
+    program = (
+        "import sys, lpd_export, lpd_export.cli.main; lpd_export.UserError; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
