@@ -22,6 +22,9 @@ class PublishedSettings:
     steps: int
     cfg: float
     repulsion: int
+    fid: float
+    """FID of 50,000 images, as published."""
+    inception_score: float
     revision: str | None = None
     """The commit of the weights in their repository; None, where none is pinned, is the newest."""
 
@@ -33,13 +36,13 @@ class PublishedSettings:
 
 
 PUBLISHED = (
-    PublishedSettings("lpd-l", 256, 20, 4.8, 2),
-    PublishedSettings("lpd-xl", 256, 20, 4.9, 2),
-    PublishedSettings("lpd-xxl", 256, 20, 5.9, 3),
-    PublishedSettings("lpd-l", 256, 32, 5.4, 2),
-    PublishedSettings("lpd-xl", 256, 32, 5.0, 2),
-    PublishedSettings("lpd-l", 512, 48, 7.3, 4),
-    PublishedSettings("lpd-xl", 512, 48, 6.0, 4),
+    PublishedSettings("lpd-l", 256, 20, 4.8, 2, 2.40, 284.5),
+    PublishedSettings("lpd-xl", 256, 20, 4.9, 2, 2.10, 326.7),
+    PublishedSettings("lpd-xxl", 256, 20, 5.9, 3, 2.00, 337.6),
+    PublishedSettings("lpd-l", 256, 32, 5.4, 2, 2.29, 282.7),
+    PublishedSettings("lpd-xl", 256, 32, 5.0, 2, 1.92, 319.4),
+    PublishedSettings("lpd-l", 512, 48, 7.3, 4, 2.54, 292.2),
+    PublishedSettings("lpd-xl", 512, 48, 6.0, 4, 2.10, 326.0),
 )
 
 

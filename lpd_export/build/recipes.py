@@ -1,7 +1,8 @@
 """The recipes that come with lpd-export, and how the word that a user gives finds one.
 
-Knows where they are, in the repository and in an installed package, and where their bundles go.
-Does not know what a recipe may say.
+Knows that each row of the published table is one, where the files of the others are, in the
+repository and in an installed package, and where their bundles go. Does not know what a recipe may
+say.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lpd_export.build.published import PUBLISHED, published_settings
 from lpd_export.build.request import HUB_PREFIX, read_recipe
 from lpd_export.errors import UserError
 
@@ -21,29 +23,48 @@ FILES = ("checkpoint", "tokenizer", "classes", "schedule")
 
 
 def recipes_folder() -> Path:
-    """The folder of the recipes: `engines` of the repository, in a wheel part of the package."""
+    """The folder of recipe files: `engines` of the repository, in a wheel part of the package."""
     package = Path(__file__).parents[1]
     installed = package / "engines"
     return installed if installed.is_dir() else package.parent / "engines"
 
 
-def recipe_names() -> list[str]:
-    """The recipes that can be given by name."""
-    return sorted(path.stem for path in recipes_folder().glob("*.toml"))
+def published_recipes() -> dict[str, dict[str, Any]]:
+    """The settings of the published models' recipes by name: MODEL-RES[-stepsN][-int8]."""
+    recipes = {}
+    for row in PUBLISHED:
+        steps = "" if row == published_settings(row.model, row.resolution) else f"-steps{row.steps}"
+        for precision, suffix in (("fp16", ""), ("int8", "-int8")):
+            recipes[f"{row.model}-{row.resolution}{steps}{suffix}"] = {
+                "model": row.model,
+                "res": row.resolution,
+                "steps": row.steps,
+                "cfg": row.cfg,
+                "repulsion": row.repulsion,
+                "precision": precision,
+                "backend": "tensorrt",
+            }
+    return recipes
 
 
-def find_recipe(text: str) -> Path:
-    """The recipe file that a user means: a file of that path, else the recipe of that name.
+def named_recipe(text: str) -> dict[str, Any]:
+    """The settings of the recipe that a user means: a file of that path, else one of that name.
+
+    The bundle of a recipe that is given by name goes to engines/NAME of the working folder.
 
     Raises:
-        UserError: if there is neither, with the names that come close and all there are.
+        UserError: if there is neither (with the names that come close and all there are), it is
+            wrong, or it needs files that are only in the repository.
     """
-    names = recipe_names()
+    published = published_recipes()
+    files = {path.stem: path for path in recipes_folder().glob("*.toml")}
+    names = sorted([*published, *files])
     # A folder may have a recipe's name: its bundle has.
     if text in names and not Path(text).is_file():
-        return recipes_folder() / f"{text}.toml"
+        settings = published[text] if text in published else read_packaged(files[text])
+        return settings | {"out": str(BUNDLES / text)}
     if os.path.lexists(text):
-        return Path(text)
+        return read_recipe(Path(text))
     close = difflib.get_close_matches(Path(text).stem.lower(), names)
     meant = f" (did you mean {' or '.join(close)}?)" if close else ""
     raise UserError(
@@ -51,23 +72,14 @@ def find_recipe(text: str) -> Path:
     )
 
 
-def named_recipe(text: str) -> dict[str, Any]:
-    """The settings of the recipe that `find_recipe` finds, as `read_recipe` gives them.
-
-    The bundle of a recipe that is given by name goes to engines/NAME of the working folder.
-
-    Raises:
-        UserError: if there is none, it is wrong, or it needs files that are only in the repository.
-    """
-    path = find_recipe(text)
+def read_packaged(path: Path) -> dict[str, Any]:
+    """A recipe of `recipes_folder`; raises UserError where the files it names are not."""
     settings = read_recipe(path)
-    if path == Path(text):
-        return settings
-    settings["out"] = str(BUNDLES / text)
     for file in (settings[key] for key in FILES if key in settings):
         if not file.startswith(HUB_PREFIX) and not Path(file).exists():
             raise UserError(
-                f"the recipe {text} needs {Path(file).name}, which is in lpd-export's repository "
-                f"and not in the installed package: build engines/{path.name} in a clone of it"
+                f"the recipe {path.stem} needs {Path(file).name}, which is in lpd-export's "
+                "repository and not in the installed package: build engines/"
+                f"{path.name} in a clone of it"
             )
     return settings

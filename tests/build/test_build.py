@@ -226,7 +226,7 @@ def test_weights_of_a_relative_path_are_found_from_anywhere(
 
 
 def test_a_pinned_revision_is_part_of_where_the_weights_are() -> None:
-    pinned = PublishedSettings("lpd-xl", 512, 48, 6.0, 4, revision="abc")
+    pinned = PublishedSettings("lpd-xl", 512, 48, 6.0, 4, 2.10, 326.0, revision="abc")
     assert pinned.checkpoint == "hf:mit-han-lab/lpd_xl_512@abc"
 
 

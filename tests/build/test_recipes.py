@@ -1,48 +1,56 @@
-"""The recipes of engines/: each says what was published, and is found by path and by name."""
+"""Recipes by name: each published row is one, and the demo's file, found from anywhere."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from lpd_export.build import recipes
-from lpd_export.build.published import PUBLISHED, TOKENIZER, PublishedSettings, published_settings
-from lpd_export.build.recipes import find_recipe, named_recipe, recipe_names
+from lpd_export.build.published import PUBLISHED, TOKENIZER, PublishedSettings
+from lpd_export.build.recipes import named_recipe, published_recipes
 from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_export.build.settings import check_request, weight_sources
 from lpd_export.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "engines"
-
-
-def expected_name(row: PublishedSettings, precision: str) -> str:
-    """MODEL-RES, then what differs from its first row and from fp16."""
-    first = published_settings(row.model, row.resolution)
-    steps = "" if row == first else f"-steps{row.steps}"
-    return f"{row.model}-{row.resolution}{steps}" + ("" if precision == "fp16" else f"-{precision}")
-
-
-ROWS = {expected_name(row, p): (row, p) for row in PUBLISHED for p in ("fp16", "int8")}
+ROWS = {
+    "lpd-l-256": PUBLISHED[0],
+    "lpd-xl-256": PUBLISHED[1],
+    "lpd-xxl-256": PUBLISHED[2],
+    "lpd-l-256-steps32": PUBLISHED[3],
+    "lpd-xl-256-steps32": PUBLISHED[4],
+    "lpd-l-512": PUBLISHED[5],
+    "lpd-xl-512": PUBLISHED[6],
+}
+NAMES = [name + precision for name in ROWS for precision in ("", "-int8")]
 
 
 def test_there_is_a_recipe_for_every_published_row() -> None:
-    assert len(ROWS) == 14
-    assert recipe_names() == sorted([*ROWS, "demo"])
-    assert {"lpd-l-256", "lpd-l-256-steps32-int8", "lpd-xl-512", "lpd-xxl-256"} <= set(ROWS)
+    assert len(PUBLISHED) == len(ROWS)
+    assert list(published_recipes()) == NAMES
+    assert [path.name for path in FOLDER.glob("*.toml")] == ["demo.toml"]
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_recipe_says_what_was_published(name: str) -> None:
-    row, precision = ROWS[name]
-    path = FOLDER / f"{name}.toml"
-    request = BuildRequest(**read_recipe(path))
+@pytest.mark.parametrize(("name", "row"), ROWS.items())
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_recipe_says_what_was_published(
+    name: str,
+    row: PublishedSettings,
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name += "" if precision == "fp16" else f"-{precision}"
+    request = BuildRequest(**named_recipe(name))
     assert request == BuildRequest(
         model=row.model,
         res=row.resolution,
@@ -51,40 +59,28 @@ def test_a_recipe_says_what_was_published(name: str) -> None:
         repulsion=row.repulsion,
         precision=precision,
         backend="tensorrt",
-        checkpoint=row.checkpoint,
-        tokenizer=TOKENIZER,
-        out=str(FOLDER / name),
+        out=f"engines/{name}",
     )
-    comment, *rest = path.read_text(encoding="utf-8").splitlines()
-    assert comment.startswith(f"# {row.model} at {row.resolution} px in {row.steps} steps")
-    assert comment.endswith(f"in {precision}.")
-    assert not any("#" in line for line in rest)
+    assert weight_sources(request) == (row.checkpoint, TOKENIZER)
 
 
-def test_no_setting_is_left_to_the_defaults() -> None:
-    keys = {"model", "res", "steps", "cfg", "repulsion", "precision", "backend"}
-    for name in ROWS:
-        said = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
-        assert said.keys() == keys | {"checkpoint", "tokenizer"}
+def test_a_recipe_of_a_published_model_takes_random_weights() -> None:
+    settings = named_recipe("lpd-l-256-int8") | {"backend": "onnxruntime", "random_weights": True}
+    check_request(BuildRequest(**settings))
 
 
 # ------------------------------------------------------------------------------------- finding
 
 
-@pytest.mark.parametrize("name", [*ROWS, "demo"])
-def test_recipes_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_recipe(name) == FOLDER / f"{name}.toml"
-    settings = named_recipe(name)
-    assert settings["out"] == f"engines/{name}"
-    assert settings == read_recipe(FOLDER / f"{name}.toml") | {"out": f"engines/{name}"}
+    assert named_recipe("demo") == read_recipe(FOLDER / "demo.toml") | {"out": "engines/demo"}
 
 
 def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("lpd-xl-512", "mine.toml", "mine"):
         (tmp_path / name).write_text("steps = 3")
-        assert find_recipe(name) == Path(name)
         assert named_recipe(name) == {"steps": 3, "out": name.removesuffix(".toml")}
     absolute = tmp_path / "mine.toml"
     assert named_recipe(str(absolute))["out"] == str(tmp_path / "mine")
@@ -93,12 +89,10 @@ def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_bundle_does_not_hide_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lpd-xl-512").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert find_recipe("lpd-xl-512") == FOLDER / "lpd-xl-512.toml"
     assert named_recipe("lpd-xl-512")["out"] == "engines/lpd-xl-512"
 
 
 def test_what_is_there_but_no_file_is_left_to_the_reader(tmp_path: Path) -> None:
-    assert find_recipe(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match=f"^cannot read the recipe {tmp_path}: Is a directory$"):
         named_recipe(str(tmp_path))
 
@@ -121,11 +115,11 @@ def test_near_misses(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        find_recipe(text)
+        named_recipe(text)
     said = str(caught.value)
     assert said.startswith(f"there is no recipe {text} (did you mean ")
     assert meant in said.split("?")[0]
-    assert f"one of the names {', '.join(recipe_names())}" in said
+    assert f"one of the names {', '.join(sorted([*NAMES, 'demo']))}" in said
 
 
 @pytest.mark.parametrize("text", ["resnet", "", "a" * 300, "a\0b", "/"])
@@ -138,25 +132,12 @@ def test_words_that_are_nothing_like_a_recipe(text: str) -> None:
 # ------------------------------------------------------------------------ an installed package
 
 
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package folder as a wheel lays it out, which the recipes are now taken from."""
+def test_the_demo_needs_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "lpd_export"
     (package / "engines").mkdir(parents=True)
-    for path in FOLDER.glob("*.toml"):
-        (package / "engines" / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(recipes, "__file__", str(package / "recipes.py"))
+    shutil.copy(FOLDER / "demo.toml", package / "engines")
+    monkeypatch.setattr(recipes, "__file__", str(package / "build" / "recipes.py"))
     monkeypatch.chdir(tmp_path)
-    return package
-
-
-def test_recipes_of_an_installed_package(installed: Path) -> None:
-    assert recipe_names() == sorted([*ROWS, "demo"])
-    assert find_recipe("lpd-l-512") == installed / "engines" / "lpd-l-512.toml"
-    assert named_recipe("lpd-l-512")["out"] == "engines/lpd-l-512"
-
-
-def test_the_demo_needs_the_repository(installed: Path) -> None:
     with pytest.raises(UserError) as caught:
         named_recipe("demo")
     assert str(caught.value) == (
@@ -186,13 +167,22 @@ def test_a_wheel_holds_the_recipes_and_every_module(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         file.extractall(extracted)
     assert (extracted / "lpd_export" / "py.typed").is_file()
-    recipes = {path.relative_to(extracted).as_posix() for path in extracted.rglob("*.toml")}
-    assert recipes == {f"lpd_export/engines/{name}.toml" for name in (*ROWS, "demo")}
-    for package, home in (("lpd_export", REPOSITORY), ("lpd_reference", REPOSITORY / "reference")):
-        modules = {path.relative_to(home) for path in (home / package).rglob("*.py")}
-        held = {path.relative_to(extracted) for path in (extracted / package).rglob("*.py")}
-        assert held == modules
-    script = "from lpd_export.build.recipes import find_recipe; print(find_recipe('lpd-xl-512'))"
+    held = {path.relative_to(extracted).as_posix() for path in extracted.rglob("*")}
+    assert {name for name in held if name.endswith(".toml")} == {"lpd_export/engines/demo.toml"}
+    for folder, package in (
+        (REPOSITORY, "lpd_export"),
+        (REPOSITORY / "reference", "lpd_reference"),
+    ):
+        modules = {path.relative_to(folder).as_posix() for path in (folder / package).rglob("*.py")}
+        assert {
+            name for name in held if name.startswith(f"{package}/") and name.endswith(".py")
+        } == (modules)
+    top = {path.name for path in extracted.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"lpd_export", "lpd_reference"}
+    script = (
+        "import json; from lpd_export.build import recipes; print(json.dumps([recipes.__file__, "
+        "recipes.named_recipe('lpd-xl-512'), str(recipes.recipes_folder())]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
@@ -201,4 +191,7 @@ def test_a_wheel_holds_the_recipes_and_every_module(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == str(extracted / "lpd_export" / "engines" / "lpd-xl-512.toml")
+    file, settings, folder = json.loads(done.stdout)
+    assert file == str(extracted / "lpd_export/build/recipes.py")
+    assert settings["model"] == "lpd-xl"
+    assert folder == str(extracted / "lpd_export/engines")
