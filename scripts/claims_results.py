@@ -168,5 +168,7 @@ def draw_curves(claims: Claims, panels: list[Axes]) -> None:
         axes.set_xlabel("steps")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-        if metric != "nats":
+        if metric == "nats":  # from 0 on, all that differs would lie in one line
+            axes.set_ylabel("axis does not start at 0", fontsize=8)
+        else:
             axes.set_ylim(bottom=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
+from lpd_export.cli import exit_codes
 from lpd_export.cli.main import commands
 
 pytestmark = pytest.mark.unit
@@ -64,3 +66,43 @@ def test_the_readme_is_one_screen() -> None:
     for page in (ROOT / "docs").glob("*.md"):
         if page.name not in ("index.md", "commands.md", "api.md"):  # the last two need the site
             assert f"(docs/{page.name}" in text, f"the README does not lead to {page.name}"
+
+
+def test_exit_codes_are_told() -> None:
+    page = (ROOT / "docs" / "exit-codes.md").read_text("utf-8")
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)}
+    assert told == {0} | {
+        value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")
+    }
+
+
+def test_messages_of_troubleshooting_are_the_code_s() -> None:
+    """Each quotation holds a long stretch of text that the code has as it stands there."""
+    stretches = set()
+    for folder in ("lpd_export", "reference"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    text = " ".join(node.value.split())
+                    if len(text) >= 15:
+                        stretches.add(text)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    quotations = re.findall(r"(?:^> .*\n)+", page, re.M)
+    assert len(quotations) > 10
+    for quotation in quotations:
+        said = " ".join(quotation.replace("> ", "").split())
+        assert any(text in said for text in stretches), f"no message says: {said}"
+
+
+def test_the_way_through_the_house_is_there() -> None:
+    """CONTRIBUTING.md names files, and what is in them: `room/file.py: name`."""
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    places = re.findall(r"`([\w/]+/[\w]+\.py)(?::\s+(\w+))?`", page)
+    assert len(places) > 20
+    for file, name in places:
+        found = [path for path in (ROOT / file, ROOT / "lpd_export" / file) if path.is_file()]
+        assert found, f"CONTRIBUTING.md names {file}, which is not there"
+        if name:
+            assert re.search(rf"\b{name}\b", found[0].read_text("utf-8")), f"{file} has no {name}"
+    for room in (ROOT / "lpd_export").glob("*/__init__.py"):
+        assert f"\n  {room.parent.name}/ " in page, f"CONTRIBUTING.md does not show {room.parent}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from click.testing import CliRunner, Result
+from matplotlib.figure import Figure
 from PIL import Image
 
 import claims_results
@@ -41,6 +42,16 @@ def test_picture_of_classes_steps_and_curves(emoji_bundle: Path, tmp_path: Path)
     assert out.read_bytes() == content  # the same seed, the same picture
     assert draw(*options, "--seed", 1).exit_code == 0
     assert out.read_bytes() != content
+
+
+def test_axes_start_at_zero_or_say_that_they_do_not(tmp_path: Path) -> None:
+    panels = list(Figure().subplots(1, 3))
+    claims_results.draw_curves(
+        claims_results.Claims.read(made_up(tmp_path / "claims.json")), panels
+    )
+    for axes in panels:
+        said = axes.get_ylabel() == "axis does not start at 0"
+        assert said == (axes.get_ylim()[0] != 0)
 
 
 def test_mistakes_leave_nothing(small_bundle: Path, tmp_path: Path) -> None:
