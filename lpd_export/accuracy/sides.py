@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 
 from lpd_export.accuracy.implementations import BundleImplementation, Implementation, Reference
-from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, Manifest
+from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, Manifest, Origin
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
 from lpd_export.precision.portable import portable_files
@@ -188,17 +188,15 @@ def check_architecture(file: Path, ours: Mapping[str, Any], theirs: Mapping[str,
             )
 
 
-def find_weights(
-    option: str, given: str | None, made: Mapping[str, str] | None, remarks: list[str]
-) -> Path:
+def find_weights(option: str, given: str | None, made: Origin | None, remarks: list[str]) -> Path:
     """The file of weights that the user names, or else that the bundle was made from.
 
     Raises:
         UserError: if there is none.
     """
-    if given is None and made is None:
+    source = given or (made["source"] if made else None)
+    if source is None:
         raise UserError(f"the bundle has random weights of a seed: {option} must be given as well")
-    source = given or (made or {})["source"]
     try:
         file = locate(source)
     except CheckpointError as error:

@@ -13,7 +13,7 @@ import platform
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -39,8 +39,11 @@ from lpd_export.bundle.manifest import (
     GRAPH_NAMES,
     MANIFEST,
     SCHEDULE,
+    EngineRecord,
+    Made,
     Manifest,
     ModelDescription,
+    Origin,
     TokenizerDescription,
     check_destination,
     describe_files,
@@ -147,10 +150,10 @@ def compile_engines(
     settings: Settings,
     report: Report,
     progress: Progress | None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, EngineRecord]:
     """Compiles every graph to `engines/`, with the builder's logs; returns what they became."""
     options = engine_options(request)
-    engines: dict[str, dict[str, Any]] = {}
+    engines: dict[str, EngineRecord] = {}
     (folder / "engines").mkdir()
     max_batch = request.max_batch or DEFAULT_MAX_BATCH
     for graph in GRAPH_NAMES:
@@ -174,7 +177,7 @@ def compile_engines(
         for note in compiled.report.notes:
             report(note)
         engines[graph] = {
-            **dataclasses.asdict(compiled.report),
+            **dataclasses.asdict(compiled.report),  # type: ignore[typeddict-item]
             "weight_stripped": options.weight_stripped,
             "tensors": {
                 name: f"[{', '.join(map(str, shape))}]"
@@ -333,10 +336,10 @@ def backend_version(backend: str) -> str:
     return str(engine.load_tensorrt(backend).__version__)
 
 
-def describe_making(request: BuildRequest, source: Source) -> dict[str, Any]:
+def describe_making(request: BuildRequest, source: Source) -> Made:
     """Where the weights came from and what the bundle was made with."""
 
-    def origin(name: str, file: Path | None) -> dict[str, str] | None:
+    def origin(name: str, file: Path | None) -> Origin | None:
         return {"source": lasting_source(name, file), "sha256": sha256(file)} if file else None
 
     checkpoint, tokenizer = ("", "") if request.random_weights else weight_sources(request)

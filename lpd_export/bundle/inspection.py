@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lpd_export.bundle.manifest import Bundle, Manifest
+from lpd_export.bundle.manifest import Bundle, Made, Manifest
 
 
 def class_lines(manifest: Manifest) -> Iterator[str]:
@@ -57,9 +57,9 @@ def report_lines(bundle: Bundle, batch: int = 1) -> Iterator[str]:
     yield f"  {total / 1e6:10.2f} MB  in all"
 
 
-def weights_line(made: dict[str, object]) -> str:
+def weights_line(made: Made) -> str:
     checkpoint = made["checkpoint"]
-    if isinstance(checkpoint, dict):
+    if checkpoint is not None:
         return f"{checkpoint['source']} (SHA-256 {checkpoint['sha256'][:12]}...)"
     return f"random, seed {made['random_weights_seed']}"
 

@@ -10,11 +10,24 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NotRequired
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+    with_config,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder, sha256
@@ -30,42 +43,136 @@ CHECKSUM = "manifest_sha256"
 """The manifest's entry for a checksum of all its other entries."""
 
 
-@dataclass(frozen=True)
+Count = Annotated[int, Field(ge=1, le=2**20)]
+"""Of things that a model is made of: layers, channels, cells, classes, tokens."""
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or set(name) & set("\0\\:"):
+        raise PydanticCustomError("path", "it must be a path inside the bundle")
+    return name
+
+
+BundlePath = Annotated[str, Field(min_length=1), AfterValidator(_inside)]
+"""Relative to the bundle, with `/`; never leads out of it."""
+
+# What an entry is not declared to be is refused, never converted.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+# Of a record only the declared keys are read; others are kept as they are.
+RECORD = ConfigDict(strict=True, extra="allow")
+
+
+@dataclass(frozen=True, config=STRICT)
 class ModelDescription:
     """The transformer's architecture."""
 
-    dim: int
-    depth: int
-    heads: int
-    head_dim: int
-    mlp_dim: int
-    grid: int
-    num_classes: int
-    vocab_size: int
+    dim: Count
+    depth: Annotated[int, Field(ge=1, le=1024)]
+    heads: Count
+    head_dim: Count
+    mlp_dim: Count
+    grid: Annotated[int, Field(ge=1, le=1024)]
+    num_classes: Count
+    vocab_size: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TokenizerDescription:
     """The VQ tokenizer's architecture."""
 
-    channels: int
-    channel_multipliers: list[int]
-    num_res_blocks: int
-    z_channels: int
-    codebook_size: int
-    codebook_dim: int
-    stride: int
+    channels: Count
+    channel_multipliers: Annotated[list[Count], Field(min_length=1, max_length=16)]
+    num_res_blocks: Count
+    z_channels: Count
+    codebook_size: Count
+    codebook_dim: Count
+    stride: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FileDescription:
     """A file of the bundle as it was written."""
 
+    size: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Digest
+
+
+@with_config(RECORD)
+class Origin(TypedDict):
+    """A file of weights that a bundle was made from."""
+
+    source: str
+    sha256: Digest
+
+
+Versions = TypedDict(
+    "Versions",
+    {"lpd-export": str, "python": str, "torch": str, "onnx": str, "onnxruntime": str},
+)
+"""What took part in a build."""
+
+
+@with_config(RECORD)
+class Made(TypedDict):
+    """Versions, sources and settings of a build."""
+
+    time: str
+    checkpoint: Origin | None
+    tokenizer: Origin | None
+    random_weights_seed: int | None
+    versions: Versions
+
+
+@with_config(RECORD)
+class LargestValue(TypedDict):
+    """The value of a graph that comes nearest to overflow."""
+
+    value: str
+    magnitude: float
+
+
+@with_config(RECORD)
+class QuantizationDecision(TypedDict):
+    """How many layers of a graph INT8 could take, those that it spares, and by what measure."""
+
+    layers: int
+    kept: list[str]
+    measure: str
+    value: float
+    limit: float
+
+
+@with_config(RECORD)
+class CalibrationRecord(TypedDict):
+    """What was measured and decided of a precision other than FP32, by graph."""
+
+    largest_values: NotRequired[dict[str, LargestValue]]
+    quantization: NotRequired[dict[str, QuantizationDecision]]
+
+
+@with_config(RECORD)
+class EngineRecord(TypedDict):
+    """What TensorRT made of a graph."""
+
+    backend: str
+    backend_version: str
     size: int
-    sha256: str
+    engine_layers: int
+    cache_updates: int
+    attentions: int
+    decomposable_attentions: int
+    weight_stripped: bool
+    tensors: dict[str, str]
+    optimization_profiles: list[
+        dict[str, Annotated[Sequence[int], Field(min_length=3, max_length=3)]]
+    ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Manifest:
     """manifest.json: all that a runtime must know besides the files themselves."""
 
@@ -73,38 +180,68 @@ class Manifest:
     name: str
     model: ModelDescription
     tokenizer: TokenizerDescription
-    resolution: int
+    resolution: Count
     """Pixels of an image's side."""
     precision: str
-    float_type: str
+    float_type: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")]
     """Of the graphs' float inputs and outputs, as torch names it."""
-    backend: str
+    backend: Annotated[str, Field(pattern="^(onnxruntime|tensorrt|tensorrt-rtx)$")]
     backend_version: str
     target_compute_capabilities: list[str]
-    max_batch: int | None
+    max_batch: Count | None
     """The largest batch that the graphs take; None is no limit."""
     phases: list[Phase]
-    phase_rows: int
+    phase_rows: Annotated[int, Field(ge=1, le=2)]
     """R of the static phase files."""
-    cfg: float
-    guidance: str
-    calibration: dict[str, Any]
-    """What was measured and decided of a precision other than fp32."""
-    engines: dict[str, dict[str, Any]]
-    """What each TensorRT engine is, by graph."""
-    class_names: list[list[str]]
+    cfg: Annotated[float, Field(ge=0)]
+    guidance: Annotated[str, Field(pattern="^(linear|constant)$")]
+    calibration: CalibrationRecord
+    engines: dict[str, EngineRecord]
+    """By graph."""
+    class_names: list[Annotated[list[str], Field(min_length=1)]]
     """For each class what it is called, the name to show first; empty if nothing is known."""
-    made: dict[str, Any]
-    """Versions, sources and settings of the build."""
-    files: dict[str, FileDescription]
+    made: Made
+    files: dict[BundlePath, FileDescription]
     """By path relative to the bundle, all but the manifest."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Manifest:
+        model, tokenizer = self.model, self.tokenizer
+        queries = [phase.queries for phase in self.phases]
+        for what, agrees in (
+            (
+                "model.heads times model.head_dim is model.dim",
+                model.heads * model.head_dim == model.dim,
+            ),
+            (
+                "model.vocab_size is tokenizer.codebook_size",
+                model.vocab_size == tokenizer.codebook_size,
+            ),
+            (
+                "resolution is model.grid times tokenizer.stride",
+                self.resolution == model.grid * tokenizer.stride,
+            ),
+            (
+                "the queries of the phases sum to the cells of the grid",
+                min(queries, default=0) >= 1 and sum(queries) == model.grid**2,
+            ),
+            ("the phases follow from their queries", self.phases == list(phase_table(queries))),
+            (
+                "class_names has an entry for each class, or none",
+                len(self.class_names) in (0, model.num_classes),
+            ),
+        ):
+            if not agrees:
+                raise PydanticCustomError("agreement", "it is not so that {what}", {"what": what})
+        return self
 
     @classmethod
     def from_json(cls, text: str, source: Path) -> Manifest:
         """Reads a manifest.
 
         Raises:
-            UserError: if it is of another version, damaged or not a manifest.
+            UserError: if it is of another version, damaged or not a manifest; the sentence names
+                the first entry that is wrong.
         """
         try:
             values = json.loads(text)
@@ -114,16 +251,21 @@ class Manifest:
                     f"{source} has bundle format {version}, this lpd-export reads format "
                     f"{FORMAT_VERSION}: build the bundle again, or use the version that made it"
                 )
-            if values.pop(CHECKSUM) != _checksum(values):
+            if values.pop(CHECKSUM) != checksum(values):
                 raise UserError(f"{source} was altered after it was built: build the bundle again")
-            values["model"] = ModelDescription(**values["model"])
-            values["tokenizer"] = TokenizerDescription(**values["tokenizer"])
-            values["phases"] = [Phase(**phase) for phase in values["phases"]]
-            values["files"] = {k: FileDescription(**v) for k, v in values["files"].items()}
-            return cls(**values)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{source} is damaged or is not a bundle's manifest: build the bundle again"
+            ) from error
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(values))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            entry = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"{source} is no manifest of bundle format {FORMAT_VERSION}"
+                f"{f', by its entry {entry!a}' if entry else ''}: {first['msg']}; build the bundle "
+                "again"
             ) from error
 
     def buffer_bytes(self, batch: int) -> int:
@@ -136,10 +278,11 @@ class Manifest:
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
-        return json.dumps({CHECKSUM: _checksum(values)} | values, indent=1)
+        return json.dumps({CHECKSUM: checksum(values)} | values, indent=1)
 
 
-def _checksum(values: dict[str, Any]) -> str:
+def checksum(values: dict[str, Any]) -> str:
+    """Of a manifest, without the entry that holds it."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lpd_export import __version__
-from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
+from lpd_export.bundle.manifest import GRAPH_NAMES, CalibrationRecord, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256, write_atomically
 from lpd_export.graphs import export
@@ -59,7 +59,7 @@ class PrecisionWriter:
     schedule: Schedule
     kept_layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def write(self, out: Path, report: Report) -> dict[str, Any]:
+    def write(self, out: Path, report: Report) -> CalibrationRecord:
         """Writes the graphs to `out`; returns what was measured and decided, for the manifest.
 
         Raises:
@@ -74,7 +74,7 @@ class PrecisionWriter:
         if around != "fp32":
             check_ranges(calibration.ranges, around)
         quantized: dict[str, dict[str, float]] = {}
-        decided: dict[str, Any] = {"largest_values": largest_values(calibration)}
+        decided: CalibrationRecord = {"largest_values": largest_values(calibration)}
         if precision == "int8":
             check_kept_layers(self.kept_layers, calibration.layers)
             report("measuring which layers int8 must spare")
@@ -86,7 +86,7 @@ class PrecisionWriter:
                 else:
                     chosen = chooser.choose(graph, layers, report)
                 quantized[graph], decision = chosen
-                decided["quantization"][graph] = dataclasses.asdict(decision)
+                decided["quantization"][graph] = dataclasses.asdict(decision)  # type: ignore[assignment]
         shutil.rmtree(self.scratch)
         report(f"writing {precision} weights")
         models = {graph: ir.load(self.exact / f"{graph}.onnx") for graph in GRAPH_NAMES}
