@@ -140,7 +140,7 @@ class QuantizationDecision(TypedDict):
     """How many layers of a graph INT8 could take, those that it spares, and by what measure."""
 
     layers: int
-    kept: list[str]
+    kept: dict[str, float]
     measure: str
     value: float
     limit: float
