@@ -1,7 +1,9 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are whole or not there, and what is written into them as JSON."""
 
 import contextlib
 import hashlib
+import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -138,7 +141,9 @@ def check_writable(path: Path) -> None:
     if not parent.is_dir():
         raise UserError(f"cannot write {path}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {path}: no permission to write in {parent}")
+        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+        why = "read-only file system, as is" if read_only else "no permission to write in"
+        raise UserError(f"cannot write {path}: {why} {parent}")
 
 
 @contextlib.contextmanager
@@ -154,6 +159,22 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def strict_json(result: Any) -> str:
+    """JSON, indented, that every reader takes: what is not a finite number is null.
+
+    What JSON has no word for is told as text.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(result), indent=1, allow_nan=False, default=str)
 
 
 def sha256(path: Path) -> str:

@@ -32,6 +32,7 @@ _STEP_STOPS = [(46, 30, 105), (42, 92, 158), (28, 146, 150), (104, 192, 110), (2
 
 _MARGIN = 24
 _SHEET_CELL_LEAST = 96  # pixels: what smaller images are enlarged to
+_SHEET_SIDE_LEAST = 384  # pixels: how wide a sheet of few small images becomes
 _SHEET_SIDE = 1600  # pixels: about how wide a sheet of large images may become
 _BOARD, _THUMBNAIL = 512, 192  # pixels: about how large a schedule's grid and its stages are drawn
 _STAGES = 10
@@ -94,8 +95,9 @@ def contact_sheet(
 
     `cell` is the width in pixels that an image gets: an image of at most half that is enlarged by
     a whole factor, pixel by pixel, and a larger one is reduced. By default small images grow to
-    about 96 pixels and large ones shrink until the sheet is about 1600 wide. `columns` is by
-    default what makes the sheet about square. Long labels are wrapped, then cut with an ellipsis.
+    about 96 pixels, more where they are few, and large ones shrink until the sheet is about 1600
+    wide. `columns` is by default what makes the sheet about square. Long labels are wrapped, then
+    cut with an ellipsis.
 
     Raises UserError for no images, a label too many or too few, or columns or cell below 1.
     """
@@ -110,7 +112,9 @@ def contact_sheet(
     widest = max(pixels.shape[1] for pixels in images)
     if cell is None:
         room = max(_SHEET_SIDE // max(columns, 1), _SHEET_CELL_LEAST)
-        cell = min(widest * math.ceil(_SHEET_CELL_LEAST / widest), room)
+        shown = max(min(columns, len(images)), 1)
+        factors = math.ceil(_SHEET_CELL_LEAST / widest), _SHEET_SIDE_LEAST // shown // widest
+        cell = min(widest * max(factors), room)
     if columns < 1 or cell < 1:
         raise UserError(f"columns and cell must be at least 1, but they are {columns} and {cell}")
     columns = min(columns, len(images))
@@ -271,18 +275,18 @@ def _number_cells(board: Image.Image, steps: NDArray[np.int32], colours: Pixels)
     grid = len(steps)
     cell = board.width // grid
     font = _font(min(round(cell * 0.45), 22))
-    if cell < 14 or font.getlength(str(steps.max())) > cell - 3:
+    if cell < 14 or font.getlength(str(steps.max() + 1)) > cell - 3:
         return
     draw = ImageDraw.Draw(board)
     brightness = colours @ np.array([0.3, 0.59, 0.11])
     for (row, column), step in np.ndenumerate(steps):
         ink = _INK if brightness[step] > 120 else _WHITE
         centre = ((column + 0.5) * cell - 0.5, (row + 0.5) * cell - 0.5)
-        draw.text(centre, str(step), ink, font, anchor="mm")
+        draw.text(centre, str(step + 1), ink, font, anchor="mm")
 
 
 def _drawn_scale(colours: Pixels, height: int) -> Image.Image:
-    """What colour is which step: a bar with step 0 at the top, some of the steps named."""
+    """What colour is which step: a bar with step 1 at the top, some of the steps named."""
     font = _font(14)
     steps, bar = len(colours), 18
     image = Image.new("RGB", (bar + 40, height), _WHITE)
@@ -294,7 +298,7 @@ def _drawn_scale(colours: Pixels, height: int) -> Image.Image:
     for step in _evenly_spaced(steps, 9):
         middle = (edges[step] + edges[step + 1]) / 2
         middle = min(max(middle, _HEAD + 6), height - 7)  # the end labels stay inside
-        draw.text((bar + 7, middle), str(step), _INK, font, anchor="lm")
+        draw.text((bar + 7, middle), str(step + 1), _INK, font, anchor="lm")
     return image
 
 
@@ -376,7 +380,7 @@ def draw_trace(pictures: Pixels, group_sizes: NDArray[np.integer[Any]], title: s
 
 
 def _step_caption(step: int, cells: int) -> str:
-    return f"step {step}: {cells} cell{'' if cells == 1 else 's'}"
+    return f"step {step + 1}: {cells} cell{'' if cells == 1 else 's'}"
 
 
 def _progress_captions(group_sizes: NDArray[np.integer[Any]]) -> list[str]:

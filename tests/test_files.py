@@ -14,7 +14,7 @@ import pytest
 
 from commandline import entries
 from lpd_export.errors import UserError
-from lpd_export.files import exclusive, new_folder
+from lpd_export.files import check_writable, exclusive, new_folder
 
 TAKEN = "another process is making it: wait for it to end"
 
@@ -209,3 +209,14 @@ def test_a_lock_is_held_and_then_gone(tmp_path: Path) -> None:
     assert entries(tmp_path) == []
     with pytest.raises(FileNotFoundError), exclusive(tmp_path / "gone/lock", TAKEN):
         pytest.fail("there is nothing to lock")
+
+
+def test_a_read_only_file_system_is_told() -> None:
+    """On a file system that is really mounted so, if there is one."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    folders = [Path(mount[1]) for mount in mounts if "ro" in mount[3].split(",")]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        pytest.skip("nothing is mounted read-only")
+    with pytest.raises(UserError, match=f"^cannot write {folder}/a: read-only file system, as is"):
+        check_writable(folder / "a")

@@ -89,7 +89,7 @@ def test_a_png_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_small_images_are_enlarged_pixel_by_pixel() -> None:
     images = [noise(32, 32, seed) for seed in range(3)]
-    sheet = np.asarray(contact_sheet(images, ["a", "b", "c"], columns=2))
+    sheet = np.asarray(contact_sheet(images, ["a", "b", "c"], columns=2, cell=96))
     enlarged = [image.repeat(3, axis=0).repeat(3, axis=1) for image in images]
     gap = 12
     second = gap + 96 + gap
@@ -100,6 +100,16 @@ def test_small_images_are_enlarged_pixel_by_pixel() -> None:
     assert (sheet[:gap] == 255).all()
     assert (sheet[:, :gap] == 255).all()
     assert (sheet[gap + 96 + gap + 30 :, second:] == 255).all()  # no fourth image
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "shown"),
+    [(1, 16, 384), (1, 64, 384), (1, 90, 360), (1, 256, 256), (2, 64, 192), (9, 32, 128)],
+)
+def test_few_small_images_are_large_enough_to_see(count: int, side: int, shown: int) -> None:
+    image = np.full((side, side, 3), 90, np.uint8)
+    sheet = contact_sheet([image] * count, ["a"] * count)
+    assert count_colour(sheet, (90, 90, 90)) == count * shown**2
 
 
 def test_large_images_are_reduced() -> None:
@@ -118,8 +128,8 @@ def test_the_cell_is_as_wide_as_asked() -> None:
 def test_images_of_different_shapes_share_a_sheet() -> None:
     tall, wide = np.full((64, 32, 3), 50, np.uint8), np.full((32, 96, 3), 90, np.uint8)
     sheet = contact_sheet([tall, wide], ["tall", "wide"])
-    assert count_colour(sheet, (50, 50, 50)) == 192 * 96
-    assert count_colour(sheet, (90, 90, 90)) == 32 * 96
+    assert count_colour(sheet, (50, 50, 50)) == 4 * 192 * 96
+    assert count_colour(sheet, (90, 90, 90)) == 4 * 32 * 96
 
 
 def test_each_label_is_under_its_image() -> None:

@@ -27,9 +27,8 @@ from rich.text import Text
 from lpd_export.accuracy import plots
 from lpd_export.accuracy.results import ImagePair, LayerError, Measurement, Verification
 from lpd_export.accuracy.thresholds import HIGHER_IS_BETTER, PRECISIONS, THRESHOLDS, Limits
-from lpd_export.files import check_writable, write_atomically
+from lpd_export.files import check_writable, strict_json, write_atomically
 from lpd_export.images import Pixels, save_png
-from lpd_export.strict_json import strict_json
 
 REPORT, RECORD, IMAGES = "report.html", "report.json", "images"
 """What a report's folder holds."""

@@ -10,6 +10,7 @@ import click
 
 from lpd_export.build.recipes import named_recipe
 from lpd_export.build.request import CHOICES, BuildRequest
+from lpd_export.cli.options import verbosity_options
 from lpd_export.cli.output import json_option, print_json
 from lpd_export.cli.progress import stages
 
@@ -91,8 +92,9 @@ from lpd_export.cli.progress import stages
     help="The bundle.  [default: engines/MODEL-RES-PRECISION, or the recipe's name beside it]",
 )
 @click.option("--force", is_flag=True, default=None, help="Replace the bundle if there is one.")
+@verbosity_options
 @json_option
-def build(recipe: str | None, as_json: bool, **options: Any) -> None:
+def build(recipe: str | None, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     """Makes a bundle from a checkpoint, from a RECIPE's settings, or from both.
 
     RECIPE is a TOML file, or the name of one that comes with lpd-export, such as lpd-xl-512 or
@@ -113,7 +115,7 @@ def build(recipe: str | None, as_json: bool, **options: Any) -> None:
     settings = named_recipe(recipe) if recipe else {}
     settings |= {name: value for name, value in options.items() if value not in (None, ())}
     request = BuildRequest(**settings)
-    with stages() as (report, advance):
+    with stages(quiet, verbose) as (report, advance):
         report("loading torch and onnx")
         from lpd_export.build.build import build as build_bundle
 

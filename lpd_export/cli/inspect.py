@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import click
 
@@ -39,7 +40,9 @@ def inspect(bundle: str, classes: bool, batch: int, as_json: bool) -> None:
         if as_json:
             print_json(opened.manifest.class_names)
         else:
-            click.echo_via_pager("\n".join(class_lines(opened.manifest)) + "\n")
+            lines = list(class_lines(opened.manifest))
+            fits = len(lines) < shutil.get_terminal_size().lines
+            (click.echo if fits else click.echo_via_pager)("\n".join(lines))
         return
     opened.files()
     opened.schedule()

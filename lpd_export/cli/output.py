@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lpd_export.strict_json import strict_json
+from lpd_export.files import strict_json
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:

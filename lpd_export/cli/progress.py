@@ -17,10 +17,13 @@ from lpd_export.cli.streams import lossy_stderr
 
 
 @contextlib.contextmanager
-def stages() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+def stages(
+    quiet: bool = False, verbose: bool = False
+) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
     """Shows the current stage with a clock on a terminal, a line for each elsewhere.
 
-    Gives two functions: one to begin a stage, and one to tell how far TensorRT's builder is.
+    Nothing if `quiet`; a line for each step of TensorRT's builder too if `verbose`. Gives two
+    functions: one to begin a stage, and one to tell how far TensorRT's builder is.
     """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -33,8 +36,16 @@ def stages() -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], 
     with contextlib.ExitStack() as stack:
         stack.enter_context(stderr_of_its_own())
         console = Console(stderr=True)
-        if not console.is_terminal:
-            yield lambda stage: click.echo(stage, err=True), lambda stage, step, steps: None
+        if quiet:
+            yield lambda stage: None, lambda stage, step, steps: None
+            return
+        if verbose or not console.is_terminal:
+
+            def tell(stage: str, step: int, steps: int) -> None:
+                if verbose:
+                    say(f"{stage} {step} of {steps}")
+
+            yield say, tell
             return
         progress = stack.enter_context(Progress(*columns, console=console))
 
@@ -65,16 +76,25 @@ def stderr_of_its_own() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def image_progress() -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
-    """Shows which image and which step is being made, on a terminal; stages alone elsewhere."""
+def image_progress(
+    quiet: bool, verbose: bool
+) -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
+    """Shows which image and which step is being made, on a terminal.
+
+    Elsewhere it is a line for every tenth of the images, or if `verbose` for every step; nothing
+    if `quiet`.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lpd_export.run import Advance
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda stage: click.echo(stage, err=True), tell_each_tenth()
+    if quiet:
+        yield lambda stage: None, lambda advance: None
+        return
+    if verbose or not console.is_terminal:
+        yield say, (lambda advance: say(advance.describe())) if verbose else tell_each_tenth()
         return
     columns = (
         TextColumn("{task.description}"),
@@ -100,14 +120,20 @@ def image_progress() -> Iterator[tuple[Callable[[str], None], Callable[..., None
 
 
 def tell_each_tenth() -> Callable[[Any], None]:
-    """Progress for a log: a line whenever another tenth of the images is done."""
+    """Progress for a log: a line whenever another tenth of the images is whole."""
     told = 0
 
     def advance(advance: Any) -> None:
         nonlocal told
+        if advance.progress.step < advance.progress.steps:
+            return
         tenths = int(10 * advance.images_done / advance.all_images)
         if tenths > told:
             told = tenths
-            click.echo(advance.describe(), err=True)
+            say(advance.describe())
 
     return advance
+
+
+def say(line: str) -> None:
+    click.echo(line, err=True)

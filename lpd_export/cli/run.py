@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lpd_export.build.request import CHOICES
+from lpd_export.cli.options import device_option, verbosity_options
 from lpd_export.cli.output import json_option, print_json
 from lpd_export.cli.progress import image_progress
 
@@ -36,11 +37,7 @@ from lpd_export.cli.progress import image_progress
 @click.option("--batch", type=int, help="Images generated together.  [default: up to 4]")
 @click.option("--schedule", metavar="FILE", help="Instead of the bundle's own.")
 @click.option("--steps", type=int, help="With a --schedule that is a JSON list of orders.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    help="Where ONNX Runtime runs the graphs; engines run on a GPU.  [default: cpu]",
-)
+@device_option
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option("--save-tokens", metavar="FILE.npy", help="Also save the token ids [images, cells].")
 @click.option(
@@ -48,11 +45,14 @@ from lpd_export.cli.progress import image_progress
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in the same folder.")
 @click.option("--out", metavar="DIR", required=True, help="New folder for the images.")
+@verbosity_options
 @json_option
 def run(
     bundle: str,
     classes: tuple[str, ...],
     more_classes: tuple[str, ...],
+    quiet: bool,
+    verbose: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -74,7 +74,7 @@ def run(
         classes=[*classes, *more_classes],
         **(options | {"out": Path(options["out"])}),
     )
-    with image_progress() as (report, advance):
+    with image_progress(quiet, verbose) as (report, advance):
         result = generate_images(request, report, advance)
     if as_json:
         print_json(result.as_json())

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lpd_export.cli.exit_codes import EXIT_FAILED
+from lpd_export.cli.options import device_option, verbosity_options
 from lpd_export.cli.output import json_option, print_json
 from lpd_export.cli.progress import stages
 
@@ -51,11 +52,7 @@ from lpd_export.cli.progress import stages
 @click.option(
     "--onnx", is_flag=True, help="Run the ONNX graphs on the CPU, not the engines made of them."
 )
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    help="Where ONNX Runtime runs the graphs; engines run on a GPU.  [default: cpu]",
-)
+@device_option
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option(
     "--out",
@@ -63,8 +60,16 @@ from lpd_export.cli.progress import stages
     type=click.Path(path_type=Path),
     help="Folder of the report.  [default: BUNDLE-verification]",
 )
+@verbosity_options
 @json_option
-def verify(bundle: Path, thresholds: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def verify(
+    bundle: Path,
+    thresholds: tuple[str, ...],
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Compares a bundle with the PyTorch reference, phase by phase and end to end.
 
     Every phase is run on the same inputs through Polygraphy; whole images are drawn from the same
@@ -77,7 +82,7 @@ def verify(bundle: Path, thresholds: tuple[str, ...], as_json: bool, **options: 
       lpd-export verify engines/demo-fp16 --against engines/demo
       lpd-export verify engines/demo-int8 --threshold sequence_kl=0.005 --bisect
     """
-    with stages() as (report, _):
+    with stages(quiet, verbose) as (report, _):
         report("loading torch and Polygraphy")
         from lpd_export.accuracy.sides import SidesRequest
         from lpd_export.accuracy.verify import VerifyRequest

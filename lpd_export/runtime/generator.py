@@ -129,8 +129,8 @@ class Generator:
         for step, is_finite in enumerate(finite):
             if not is_finite:
                 raise NumericalError(
-                    f"the logits of step {step} are NaN or infinite: cfg {sampling.cfg:g} is too "
-                    "large, or the weights or the precision of this bundle are broken"
+                    f"the logits of step {step + 1} are NaN or infinite: cfg {sampling.cfg:g} is "
+                    "too large, or the weights or the precision of this bundle are broken"
                 )
         return batch.token_ids, batch.images
 

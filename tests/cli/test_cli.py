@@ -1,9 +1,12 @@
 """The command line: help, JSON, exit codes, and the one line that answers a mistake."""
 
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +85,10 @@ def test_version() -> None:
         ("schedule make --res 256 --steps 20", "Missing option '--out'"),
         ("schedule check", "Missing argument 'FILE'"),
         ("doctor a", "Got unexpected extra argument (a) (see `lpd-export doctor --help`)"),
-        ("run a --device tpu --out b", "'tpu' is not one of 'cpu', 'cuda'"),
+        (
+            "run a --device tpu --out b",
+            "'tpu' is not cpu, cuda, or a GPU by its number such as",
+        ),
         ("inspect a --batch 0", "--batch must be at least 1, but it is 0"),
         ("inspect a --batch many", "'many' is not a valid integer"),
     ],
@@ -287,6 +293,27 @@ def test_the_classes_of_a_bundle(small_bundle: Path) -> None:
     assert names[3] == ["Crane", "bird"]
 
 
+def test_the_pager_is_for_what_does_not_fit(small_bundle: Path, tmp_path: Path) -> None:
+    """On a terminal of a real size, with a pager that leaves a note that it was called."""
+    pager = tmp_path / "pager"
+    pager.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\ncat\n")
+    pager.chmod(0o755)
+    environment = {**os.environ, "PAGER": str(pager), "TERM": "xterm"}
+    for lines, called in ((40, False), (3, True)):
+        terminal, other = pty.openpty()
+        termios.tcsetwinsize(other, (lines, 80))
+        subprocess.run(
+            [COMMAND, "inspect", small_bundle, "--classes"],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), other),  # type: ignore[arg-type]
+            env=environment,
+            check=True,
+        )
+        os.close(other)
+        assert b"ice-cream" in os.read(terminal, 10000)
+        os.close(terminal)
+        assert (tmp_path / "called").exists() == called
+
+
 # ---------------------------------------------------------------------------------------- doctor
 
 
@@ -389,12 +416,30 @@ def test_a_fault_of_our_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_progress_on_a_log_is_lines(small_bundle: Path, tmp_path: Path) -> None:
     said = end(start("run", small_bundle, "--class", "0", "-n", 20, "--out", tmp_path / "a"))
-    lines = said.err.splitlines()
-    assert lines[:2] == [f"loading {small_bundle}", "generating"]
-    assert lines[-1] == "images 17 to 20 of 20, step 4 of 4"
-    assert 10 <= len(lines) <= 12
-    assert "\x1b" not in said.err
+    images = ("1 to 4", "5 to 8", "9 to 12", "13 to 16", "17 to 20")
+    assert said.err.splitlines() == [
+        f"loading {small_bundle}",
+        "generating",
+        *(f"images {made} of 20, step 4 of 4" for made in images),
+    ]
     assert said.out.startswith("20 images in ")
+
+
+def test_a_line_a_tenth_however_many_images(small_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    said = answer("run", small_bundle, "--class", "0", "-n", 30, "--batch", 1, "--out", out)
+    told = said.err.splitlines()[2:]
+    assert told == [f"image {made} of 30, step 4 of 4" for made in range(3, 31, 3)]
+
+
+def test_quiet_and_verbose(small_bundle: Path, tmp_path: Path) -> None:
+    command = ["run", small_bundle, "--class", "0", "-n", 2, "--out"]
+    quiet = answer(*command, tmp_path / "a", "-q")
+    assert (quiet.code, quiet.err) == (0, "")
+    assert quiet.out.startswith("2 images in ")
+    verbose = answer(*command, tmp_path / "b", "-v").err.splitlines()
+    assert verbose[2:] == [f"images 1 to 2 of 2, step {step} of 4" for step in (1, 2, 3, 4)]
+    assert mistake("run", small_bundle, "-q", "--out", tmp_path / "c").startswith("say what to")
 
 
 # ------------------------------------------------------------------------------------- interrupts

@@ -1,0 +1,41 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+class Device(click.ParamType[str]):
+    """`cpu`, `cuda`, or `cuda:1` for one of several GPUs."""
+
+    name = "device"
+
+    def convert(
+        self, value: str, parameter: click.Parameter | None, context: click.Context | None
+    ) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", value):
+            self.fail(f"{value!r} is not cpu, cuda, or a GPU by its number such as cuda:1")
+        return value
+
+
+def device_option(function: Command) -> Command:
+    return click.option(
+        "--device",
+        type=Device(),
+        metavar="cpu|cuda|cuda:N",
+        help="Where ONNX Runtime runs the graphs; engines run on a GPU.  [default: cpu]",
+    )(function)
+
+
+def verbosity_options(function: Command) -> Command:
+    """Adds `quiet` and `verbose`, which the showing of progress takes."""
+    verbose = click.option(
+        "-v", "--verbose", is_flag=True, help="Tell every step, also where there is no terminal."
+    )
+    return click.option("-q", "--quiet", is_flag=True, help="No progress.")(verbose(function))
