@@ -81,8 +81,11 @@ class OnnxRuntimeExecutor:
             raise UserError(
                 f"ONNX Runtime has no {provider} here: install onnxruntime-gpu, or use the CPU"
             )
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("torch sees no CUDA GPU here: use the CPU, or check the driver")
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            number = f" {self.device.index}" if self.device.index else ""
+            raise UserError(
+                f"torch sees no CUDA GPU{number} here: use the CPU, or check the driver"
+            )
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:

@@ -406,8 +406,9 @@ def test_requests_that_cannot_be_met(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there(small_bundle: Path, tmp_path: Path) -> None:
-    options = ["--class", "0", "--device", "cuda", "--out", tmp_path / "a/b"]
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there(small_bundle: Path, tmp_path: Path, device: str) -> None:
+    options = ["--class", "0", "--device", device, "--out", tmp_path / "a/b"]
     said = mistake("run", small_bundle, *options)
     assert re.search("ONNX Runtime has no CUDAExecutionProvider here|torch sees no CUDA GPU", said)
     assert "use the CPU" in said
