@@ -1,7 +1,7 @@
 """A hook of mkdocs: writes the JSON schema of a class where a page asks for it.
 
-A page asks by a line `<!-- schema: module.Class -->`, of a class that pydantic checks. So what the pages say of a
-file's format is what the code checks.
+A page asks by a line `<!-- schema: module.Class -->`, of a class that pydantic checks. So what the
+pages say of a file's format is what the code checks.
 """
 
 from __future__ import annotations
