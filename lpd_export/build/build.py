@@ -23,6 +23,7 @@ from torch import Tensor
 
 import lpd_export
 from lpd_export.build import engine
+from lpd_export.build.memory import memory_shortage_told
 from lpd_export.build.request import BuildRequest
 from lpd_export.build.settings import (
     Settings,
@@ -87,10 +88,12 @@ def build(
     kept_layers = read_kept_layers(Path(request.keep_layers)) if request.keep_layers else {}
     if request.out:
         check_destination(Path(request.out), request.force)
-    source = load(request, report)
-    settings = settle(request, source)
+    with memory_shortage_told():
+        source = load(request, report)
+        settings = settle(request, source)
     check_room(request, settings.out, source)
-    with new_bundle(settings.out, replace=request.force) as folder:
+    # Inside: to the folder, the system's lack of memory would be a disk's that is full.
+    with new_bundle(settings.out, replace=request.force) as folder, memory_shortage_told():
         check = reference_check(source, settings)
         manifest = describe(request, source, settings)
         settings.schedule.save(folder / SCHEDULE)

@@ -255,6 +255,8 @@ def read_state_dict(path: Path) -> StateDict:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     # On garbage the unpickler fails with whatever its next line raises, IndexError for one.
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise  # says nothing of the file
         raise CheckpointError(damaged) from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
@@ -495,6 +496,71 @@ def limit_file_size() -> None:
 def test_a_disk_that_fills_up(weights: list[object], tmp_path: Path) -> None:
     said = end(start("build", *weights, "--out", tmp_path / "a/b", preexec_fn=limit_file_size))
     assert sentence(said).startswith(f"cannot write {tmp_path / 'a/b'}: ")
+    assert entries(tmp_path) == []
+
+
+class ReadWeights(ir.passes.InPlacePass):
+    """A pass that maps the weights, as the real ones do."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for value in model.graph.initializers.values():
+            assert value.const_value is not None
+            value.const_value.numpy()
+        return ir.passes.PassResult(model, modified=False)
+
+
+def map_more_than_there_is(folder: Path) -> None:
+    """Maps a file of 1 GB where the process may have 256 MB more; onnx_ir wraps what happens."""
+    size = 2**30
+    with open(folder / "weights.data", "wb") as file:
+        file.truncate(size)
+    tensor = ir.ExternalTensor(
+        *("weights.data", 0, size, ir.DataType.UINT8),
+        shape=ir.Shape([size]),
+        name="weight",
+        base_dir=folder,
+    )
+    weight = ir.Value(name="weight", const_value=tensor)
+    graph = ir.Graph([], [], nodes=[], initializers=[weight], opset_imports={"": 20})
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, hard))
+    try:
+        ir.passes.Sequential(ReadWeights())(ir.Model(graph, ir_version=10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("shortage", "error"),
+    [
+        (lambda folder: torch.empty(2**55), RuntimeError),
+        (lambda folder: np.empty(2**55), MemoryError),
+        (map_more_than_there_is, ir.passes.PassError),
+    ],
+)
+def test_memory_that_runs_out(
+    small_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shortage: Callable[[Path], object],
+    error: type[Exception],
+) -> None:
+    def write_some_graphs(folder: Path, *_: object) -> None:
+        folder.mkdir()
+        with pytest.raises(error) as raised:
+            shortage(folder)
+        raise raised.value
+
+    monkeypatch.setattr(lpd_export.build.build, "write_exact_graphs", write_some_graphs)
+    request = BuildRequest(
+        checkpoint=str(small_weights / "lpd.pth"),
+        tokenizer=str(small_weights / "vq.pt"),
+        steps=4,
+        out=str(tmp_path / "a/b"),
+    )
+    with pytest.raises(UserError, match=r"^memory ran out during the build: end other programs"):
+        build(request)
     assert entries(tmp_path) == []
 
 
