@@ -344,7 +344,23 @@ class Bundle:
                 raise UserError(f"{path} was altered after it was built: build the bundle again")
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
+        if path.suffix == ".data" and path.is_symlink():
+            self._check_link(path)
         return path
+
+    def _check_link(self, weights: Path) -> None:
+        """Raises UserError where ONNX Runtime would not follow a link to weights.
+
+        It reads weights from the folder of the graph, or from that where a link to the graph
+        leads: a snapshot in the hub's cache, links into one folder throughout, runs as it is.
+        """
+        target = weights.resolve()
+        for graph in weights.parent.glob("*.onnx"):
+            if target.parent not in (graph.parent.resolve(), graph.resolve().parent):
+                raise UserError(
+                    f"{weights} is a symbolic link to {target}, where ONNX Runtime does not look "
+                    f"for the weights of {graph.name}: put the file itself in its place"
+                )
 
     def files(self) -> list[Path]:
         """All files, verified."""

@@ -13,6 +13,7 @@ import json
 import math
 import operator
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ FOREIGN = "foreign"  # orders read from a bare JSON list, which does not say how
 
 _NEIGHBOURS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if down or right]
 _BATCH = 64  # orders grown side by side: enough to drown call overhead, few enough for the cache
+_MOST_BYTES = 2**28  # of an array in a file: 65,536 orders of a 32x32 grid
 _TIE_BREAK = 0.1  # less than the least gap (0.12) between two different proximity scores
 # The counter's top word: other uses of the same (seed, index) key then draw other numbers.
 _STREAM = int.from_bytes(b"orders", "big")
@@ -432,6 +434,7 @@ class Schedule:
     @classmethod
     def _from_npz(cls, content: bytes, steps: int | None) -> "Schedule":
         try:
+            _check_headers(content)
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 sizes, orders = archive["group_sizes"], archive["orders"]
                 meta = json.loads(str(archive["meta"]))
@@ -479,6 +482,31 @@ class Schedule:
 
 
 # ------------------------------------------------------------------------------------ checks
+
+
+def _check_headers(content: bytes) -> None:
+    """Raises UserError for arrays that no schedule has, before memory is taken for them.
+
+    A damaged archive raises what zipfile and NumPy raise.
+    """
+    headers = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in ("group_sizes", "orders", "meta"):
+            with archive.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(file)
+                headers[name] = shape, dtype.itemsize * math.prod(shape)
+    for name, (shape, size) in headers.items():
+        if size > _MOST_BYTES:
+            raise UserError(
+                f"its {name} of shape {list(shape)} take {size / 1e9:.3g} GB, a schedule's "
+                f"at most {_MOST_BYTES / 1e9:.2g} GB: make it again with fewer orders"
+            )
 
 
 def _checked_orders(orders: NDArray[Any]) -> NDArray[np.int32]:

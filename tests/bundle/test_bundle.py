@@ -22,6 +22,7 @@ from lpd_export.bundle.manifest import (
     new_bundle,
 )
 from lpd_export.errors import UserError
+from lpd_export.files import sha256
 from lpd_export.schedule.schedule import Schedule
 
 USED_BY_RUN = (
@@ -205,6 +206,31 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
             assert str(path) in said
             assert "`lpd-export build`" in said
     assert entries(tmp_path) == ["file"]
+
+
+def test_a_snapshot_in_the_hubs_cache_runs(small_bundle: Path, tmp_path: Path) -> None:
+    # As huggingface_hub lays it out: every file a link to a blob called by its checksum.
+    snapshot, blobs = tmp_path / "snapshots/main", tmp_path / "blobs"
+    blobs.mkdir()
+    for file in filter(Path.is_file, small_bundle.rglob("*")):
+        blob = blobs / sha256(file)
+        shutil.copy(file, blob)
+        link = snapshot / file.relative_to(small_bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert answer("inspect", snapshot).code == 0
+    assert answer("run", snapshot, "--class", "0", "--out", tmp_path / "images").code == 0
+    assert (tmp_path / "images/00000_red-panda.png").is_file()
+
+
+def test_weights_that_are_a_link_to_elsewhere(bundle: Path, tmp_path: Path) -> None:
+    weights = bundle / "onnx/weights.data"
+    weights.rename(tmp_path / "weights.data")
+    weights.symlink_to(tmp_path / "weights.data")
+    said = mistake("inspect", bundle)
+    assert f"{weights} is a symbolic link to {tmp_path / 'weights.data'}" in said
+    assert said.endswith("put the file itself in its place")
+    assert mistake("run", bundle, "--class", "0", "--out", tmp_path / "images") == said
 
 
 def test_a_file_that_the_bundle_does_not_hold(small_bundle: Path) -> None:

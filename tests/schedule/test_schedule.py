@@ -1,10 +1,12 @@
 """Schedules: published group sizes, the rules that orders obey, phases, masks and the file."""
 
+import io
 import json
 import math
 import subprocess
 import sys
 import time
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -589,3 +591,24 @@ def test_a_schedule_cannot_be_changed() -> None:
         schedule.orders[0, 0] = 1
     with pytest.raises(AttributeError):
         schedule.kind = "raster"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["group_sizes", "orders", "meta"])
+def test_an_array_too_large_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    # Two gigabytes of zeros, which compress to two megabytes.
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<i4", "fortran_order": False, "shape": (2**20, 512)}
+    )
+    Schedule.make(4, 5).save(tmp_path / "good.npz")
+    with (
+        zipfile.ZipFile(tmp_path / "good.npz") as good,
+        zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for member in good.namelist():
+            content = good.read(member)
+            if member == f"{name}.npy":
+                content = header.getvalue()  # the array itself is not looked at
+            archive.writestr(member, content)
+    with pytest.raises(UserError, match=rf"its {name} of shape \[1048576, 512\] take 2.15 GB"):
+        Schedule.load(tmp_path / "a.npz")
