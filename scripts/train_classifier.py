@@ -61,7 +61,7 @@ VALIDATION_BATCH = 64
 
 
 class ClassifierTask:
-    """A `reference.train.Task` that trains a Classifier to name the class of an image."""
+    """A `training.loop.Task` that trains a Classifier to name the class of an image."""
 
     def __init__(
         self,

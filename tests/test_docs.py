@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -106,3 +107,28 @@ def test_the_way_through_the_house_is_there() -> None:
             assert re.search(rf"\b{name}\b", found[0].read_text("utf-8")), f"{file} has no {name}"
     for room in (ROOT / "lpd_export").glob("*/__init__.py"):
         assert f"\n  {room.parent.name}/ " in page, f"CONTRIBUTING.md does not show {room.parent}"
+
+
+def test_the_version_is_told_once_for_all() -> None:
+    """What one cites and what the changelog describes is the package's version."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_modules_named_in_the_code_are_there() -> None:
+    """A docstring that leads to a module leads to one that exists: `training.loop.Task`."""
+    roots = {"lpd_export": ROOT, "training": ROOT, "lpd_reference": ROOT / "reference"}
+    for folder in ("lpd_export", "reference", "training", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for named in re.findall(
+                r"`((?:lpd_export|training|lpd_reference|reference)\.[\w.]+)`",
+                path.read_text("utf-8"),
+            ):
+                package, *rest = named.split(".")
+                assert package in roots, f"{path} names {named}: the package is lpd_reference"
+                home = roots[package] / package / rest[0]
+                found = home.is_dir() or home.with_suffix(".py").is_file()
+                init = (roots[package] / package / "__init__.py").read_text("utf-8")
+                assert found or rest[0] in init, f"{path} names {named}, which is not there"

@@ -243,7 +243,7 @@ def run_training(
     validation: ImageSet,
     preview: Callable[[int, nn.Module], None] | None = None,
 ) -> Figures:
-    """Says what is trained on what, and trains it; as `reference.train.train`.
+    """Says what is trained on what, and trains it; as `training.loop.train`.
 
     Raises:
         TrainingError: if the run was started with other settings, another process trains in its

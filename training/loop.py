@@ -1,7 +1,7 @@
 """Training in steps that can be stopped, killed and gone on with: what every model shares.
 
 Knows the loop: learning rate, AdamW, weight averaging, checkpoints, the log and the signals. What
-is trained, on which loss, is a `Task`: `reference.train_tokenizer` and `reference.train_lpd`.
+is trained, on which loss, is a `Task`: `training.tokenizer` and `training.lpd`.
 
 A run is a folder: `checkpoint.pt` (weights, their average, optimizer, step, settings), and
 `log.jsonl` (a JSON object a line). All that is random in step n follows from the seed and n, so a
@@ -626,7 +626,7 @@ def export_average(
     Args:
         model: of the run's architecture; it is given the averaged weights.
         checkpoint: what `read_checkpoint` returned.
-        path: the file; a `.safetensors` name is what `reference.checkpoint` reads as such.
+        path: the file; a `.safetensors` name is what `lpd_reference.checkpoint` reads as such.
         metadata: more to be said in the file's header, beside step and figures.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Knows the teacher-forced loss (paper section 3.1) and how a batch is drawn: augmented images,
 random orders, one list of group sizes, conditions replaced by the null condition. What is common
-to all training is in `reference.train`.
+to all training is in `training.loop`.
 
 `query_features` computes what `LPD.forward` computes, faster where gradients are wanted: attention
 skips most of what the mask hides, and the last block skips the context, which nothing reads there.
@@ -221,7 +221,7 @@ def query_features(
 
 
 class LPDTask:
-    """A `reference.train.Task` that trains an LPD on the tokens of augmented images.
+    """A `training.loop.Task` that trains an LPD on the tokens of augmented images.
 
     Every step draws new augmentations and tokenizes them: next to the transformer that is cheap,
     and no two passes over the images see the same tokens.

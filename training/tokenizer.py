@@ -2,7 +2,7 @@
 
 Knows the loss, how the codebook begins (k-means of latents) and how unused rows come back to life.
 There is no discriminator: an L1, an L2 and an edge loss are enough for flat artwork. What is
-common to all training is in `reference.train`.
+common to all training is in `training.loop`.
 
 Sources: VQ-VAE (arXiv 1711.00937), unit-norm codes (ViT-VQGAN, arXiv 2110.04627), LlamaGen (arXiv
 2406.06525).
@@ -43,7 +43,7 @@ _AUGMENTATION, _KMEANS, _REVIVAL = 10, 11, 12
 
 
 class TokenizerTask:
-    """A `reference.train.Task` that trains a VQTokenizer to give images back.
+    """A `training.loop.Task` that trains a VQTokenizer to give images back.
 
     The first `codebook_start` steps train an autoencoder without a codebook; then k-means of its
     latents become the codebook. Every `revive_every` steps, until `revive_until` of all steps, rows

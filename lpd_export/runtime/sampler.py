@@ -79,7 +79,7 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     logits: [B, Q, V], after guidance. uniform: float64 in [0, 1).
 
     Tokens are laid out along [0, 1) in bands of probability and by id within a band (see
-    `reference.generate.draw`), so that backends whose logits differ by rounding draw the same.
+    `lpd_reference.generate.draw`), so that backends whose logits differ by rounding draw the same.
     The band is found first, then the token in it: a sort would take longer than all the rest.
     """
     kept = _filter(logits.float() / sampling.temperature, sampling)
