@@ -35,11 +35,14 @@ WORDS = {
     "build": "RECIPE --res --model --steps --checkpoint --tokenizer --heads --classes --schedule "
     "--orders --repulsion --cfg --guidance --precision --keep-layers --backend --max-batch "
     "--workspace --optimization-level --timing-cache --version-compatible --hardware-compatible "
-    "--compute-capability --weight-stripped --random-weights --seed --out --force --json",
+    "--compute-capability --weight-stripped --random-weights --seed --out --force "
+    "--quiet --verbose --json",
     "run": "BUNDLE --class -n --seed --cfg --guidance --temperature --top-k --top-p --batch "
-    "--schedule --steps --device --threads --save-tokens --trace --resume --out --json",
+    "--schedule --steps --device --threads --save-tokens --trace --resume --out "
+    "--quiet --verbose --json",
     "verify": "BUNDLE --against --checkpoint --tokenizer --images --seed --threshold --by-layer "
-    "--bisect --save-phases --onnx --device --threads --out --json",
+    "--bisect --save-phases --onnx --device --threads --out "
+    "--quiet --verbose --json",
     "schedule make": "--res --steps --kind --repulsion --proximity --count --seed --stride --out "
     "--force --json",
     "schedule check": "FILE --steps --json",
