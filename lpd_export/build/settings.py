@@ -37,6 +37,8 @@ DEFAULT_CFG = 3.0
 """Guidance recommended for a model without published settings, unless --cfg says otherwise."""
 EXTRA_MEMORY_FP32, EXTRA_MEMORY = 1.5, 3.5
 """What a build takes besides the loaded model, in sizes of its weights: lpd-l, 256 px, measured."""
+EXTRA_DISK_FP32, EXTRA_DISK = 1.1, 3.2
+"""What it takes of the disk while it is at work, in sizes of the weights."""
 
 
 class Source(NamedTuple):
@@ -161,19 +163,24 @@ def published(request: BuildRequest) -> PublishedSettings:
 
 def draw_random_weights(request: BuildRequest, report: Report) -> Source:
     """A published architecture, its weights drawn from the seed."""
-    name = request.model or DEFAULT_MODEL
-    report(f"drawing random weights for {name}")
-    vq_config = VQConfig()
-    config = LPDConfig(
-        **PUBLISHED_MODELS[name],
-        grid=grid_for(request.res or DEFAULT_RESOLUTION, vq_config.stride),
-        num_classes=NUM_CLASSES,
-        vocab_size=VOCAB_SIZE,
-    )
+    report(f"drawing random weights for {request.model or DEFAULT_MODEL}")
+    config, vq_config = published_architecture(request)
     models = LPD(config).initialize(request.seed), VQTokenizer(vq_config).initialize(request.seed)
     for model in models:
         model.requires_grad_(False).eval()
     return Source(*models, checkpoint=None, tokenizer_file=None)
+
+
+def published_architecture(request: BuildRequest) -> tuple[LPDConfig, VQConfig]:
+    """The published architectures that a request without a checkpoint means."""
+    vq_config = VQConfig()
+    config = LPDConfig(
+        **PUBLISHED_MODELS[request.model or DEFAULT_MODEL],
+        grid=grid_for(request.res or DEFAULT_RESOLUTION, vq_config.stride),
+        num_classes=NUM_CLASSES,
+        vocab_size=VOCAB_SIZE,
+    )
+    return config, vq_config
 
 
 def grid_for(resolution: int, stride: int) -> int:
@@ -246,20 +253,25 @@ def find_class_names(
     return classes.imagenet_names() if num_classes == classes.IMAGENET_CLASSES else []
 
 
-def check_room(request: BuildRequest, out: Path, source: Source) -> None:
-    """Raises UserError unless the build will fit in memory and on the disk."""
+def needed_room(request: BuildRequest, source: Source) -> tuple[int, int]:
+    """The bytes that a build takes of memory, besides the loaded model, and of the disk."""
     weights = sum(
         weight.nbytes for model in (source.model, source.tokenizer) for weight in model.parameters()
     )
-    plain = request.precision == "fp32" and request.backend == "onnxruntime"
-    memory = int((EXTRA_MEMORY_FP32 if plain else EXTRA_MEMORY) * weights)
+    if request.precision == "fp32" and request.backend == "onnxruntime":
+        return int(EXTRA_MEMORY_FP32 * weights), int(EXTRA_DISK_FP32 * weights)
+    return int(EXTRA_MEMORY * weights), int(EXTRA_DISK * weights)
+
+
+def check_room(request: BuildRequest, out: Path, source: Source) -> None:
+    """Raises UserError unless the build will fit in memory and on the disk."""
+    memory, needed = needed_room(request, source)
     free_memory = read_memory().free
     if free_memory is not None and free_memory < memory:
         raise UserError(
             f"this build needs about {memory / 1e9:.1f} GB more memory and {free_memory / 1e9:.1f} "
             "GB are free: end other programs, or use a larger machine"
         )
-    needed = (1.1 if plain else 3.2) * weights
     folder = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:

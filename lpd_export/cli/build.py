@@ -92,9 +92,12 @@ from lpd_export.cli.progress import stages
     help="The bundle.  [default: engines/MODEL-RES-PRECISION, or the recipe's name beside it]",
 )
 @click.option("--force", is_flag=True, default=None, help="Replace the bundle if there is one.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built; make and fetch nothing.")
 @verbosity_options
 @json_option
-def build(recipe: str | None, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
+def build(
+    recipe: str | None, dry_run: bool, quiet: bool, verbose: bool, as_json: bool, **options: Any
+) -> None:
     """Makes a bundle from a checkpoint, from a RECIPE's settings, or from both.
 
     RECIPE is a TOML file, or the name of one that comes with lpd-export, such as lpd-xl-512 or
@@ -109,12 +112,15 @@ def build(recipe: str | None, quiet: bool, verbose: bool, as_json: bool, **optio
       lpd-export build --checkpoint lpd_l_256.pth --tokenizer vq_ds16_c2i.pt
       lpd-export build --model lpd-l --res 512 --random-weights --out engines/test
       lpd-export build --res 256 --precision fp16 --backend tensorrt-rtx
-      lpd-export build lpd-xl-512
+      lpd-export build lpd-xl-512 --dry-run
       lpd-export build engines/demo.toml --force
     """
     settings = named_recipe(recipe) if recipe else {}
     settings |= {name: value for name, value in options.items() if value not in (None, ())}
     request = BuildRequest(**settings)
+    if dry_run:
+        tell_plan(request, as_json)
+        return
     with stages(quiet, verbose) as (report, advance):
         report("loading torch and onnx")
         from lpd_export.build.build import build as build_bundle
@@ -126,6 +132,16 @@ def build(recipe: str | None, quiet: bool, verbose: bool, as_json: bool, **optio
         print_json({"bundle": str(out), "manifest": dataclasses.asdict(Bundle.open(out).manifest)})
     else:
         click.echo(f"{out}: {folder_size(out) / 1e6:.0f} MB")
+
+
+def tell_plan(request: BuildRequest, as_json: bool) -> None:
+    from lpd_export.build.plan import plan
+
+    planned = plan(request)
+    if as_json:
+        print_json(dataclasses.asdict(planned))
+    else:
+        click.echo("\n".join(planned.lines()))
 
 
 def folder_size(folder: Path) -> int:

@@ -115,6 +115,13 @@ def locate_all(sources: Sequence[str]) -> list[Path]:
     return found
 
 
+def is_here(source: str) -> bool:
+    """Whether a source can be located without the hub; raises CheckpointError as `locate`."""
+    if source.startswith(HUB_PREFIX):
+        return find_cached(HubFile.parse(source)) is not None
+    return locate(source).is_file()
+
+
 def lasting_source(source: str, file: Path) -> str:
     """The source that finds a located file again: with its commit, or its absolute path."""
     if not source.startswith(HUB_PREFIX):

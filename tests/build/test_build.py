@@ -231,6 +231,46 @@ def test_a_pinned_revision_is_part_of_where_the_weights_are() -> None:
     assert pinned.checkpoint == "hf:mit-han-lab/lpd_xl_512@abc"
 
 
+@pytest.mark.usefixtures("no_export")
+def test_a_dry_run_makes_nothing(
+    weights: list[object], small_weights: Path, small_bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a/small"
+    said = answer("build", *weights, "--out", out, "--dry-run")
+    assert said.code == 0, said
+    assert said.out.startswith(f"would build {out} (nothing is made or fetched)")
+    assert "width 64, 2 blocks, 1 heads, 5 classes; 16 px, a grid of 4x4" in said.out
+    assert f"from       {small_weights / 'lpd.pth'}\n" in said.out
+    assert "4 steps, 64 orders, locality" in said.out
+    planned = json.loads(answer("build", *weights, "--out", out, "--dry-run", "--json").out)
+    manifest = Bundle.open(small_bundle).manifest
+    assert set(planned["files"]) == {MANIFEST, *manifest.files}
+    size = manifest.files["onnx/weights.data"].size
+    assert size * 0.9 < planned["weight_bytes"] < size * 1.1
+    assert entries(tmp_path) == []
+    assert "17 steps are too many" in mistake("build", *weights, "--steps", 17, "--dry-run")
+    assert "exists: choose another --out" in mistake(
+        "build", *weights, "--out", small_bundle, "--dry-run"
+    )
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_dry_run_fetches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    said = answer("build", "lpd-l-256", "--backend", "onnxruntime", "--dry-run")
+    assert said.code == 0, said
+    assert "would build engines/lpd-l-256 (nothing is made" in said.out
+    assert "lpd-l: width 1024, 24 blocks, 16 heads, 1000 classes; 256 px" in said.out
+    assert "from       hf:mit-han-lab/lpd_l_256, which would be fetched\n" in said.out
+    assert "20 steps, 64 orders, locality" in said.out
+    assert (
+        "read off the weights: fetch hf:org/model and hf:FoundationVision/LlamaGen/vq"
+        in mistake("build", "--checkpoint", "hf:org/model", "--dry-run")
+    )
+    assert entries(tmp_path) == []
+
+
 # --------------------------------------------------------------------------------- bad requests
 
 
