@@ -24,28 +24,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ValidationError
 
 from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import MANIFEST
 from lpd_export.errors import Interrupted, UserError
-from lpd_export.files import check_writable, exclusive, sha256, uninterrupted, write_atomically
+from lpd_export.files import exclusive, sha256, uninterrupted, write_atomically
 from lpd_export.images import contact_sheet, draw_trace, save_png
+from lpd_export.run_request import LOCK, RECORD, RECORDS, RunRequest, check_out, check_request
 from lpd_export.runtime.onnxruntime_executor import check_threads
 from lpd_export.runtime.pipeline import GeneratedImage, Pipeline, Progress
 from lpd_export.runtime.randomness import image_randomness
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.schedule import Schedule
 
-RECORDS = "images.jsonl"
 SHEET = "contact_sheet.png"
 TRACES = "trace"
 """For each image a folder of its steps, and a drawing of all of them."""
-LOCK = ".run.lock"
 SHEET_IMAGES = 100
 """The contact sheet shows so many images at most."""
 SHEET_COLUMNS = 10
-MAX_IMAGES = 1_000_000
-"""Of a run; a greater number is a slip of the keyboard."""
 DEFAULT_BATCH = 4
 """Where a CPU has most of what batching gives, without much more memory."""
 
@@ -62,30 +60,6 @@ class Finished(NamedTuple):
     def line(self) -> str:
         """Its line in images.jsonl."""
         return json.dumps(self.record | {"token_ids": self.token_ids.tolist()}) + "\n"
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """Everything that a user can say of a run; see `lpd-export run --help`."""
-
-    bundle: Path
-    classes: list[str]
-    out: Path
-    count: int = 1
-    seed: int = 0
-    cfg: float | None = None
-    guidance: str | None = None
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    batch: int | None = None
-    schedule: str | None = None
-    steps: int | None = None
-    device: str | None = None
-    threads: int | None = None
-    save_tokens: str | None = None
-    trace: bool = False
-    resume: bool = False
 
 
 class Advance(NamedTuple):
@@ -156,6 +130,7 @@ def generate_images(
         Interrupted: on Ctrl-C, once what is finished is on disk.
     """
     check_request(request)
+    check_threads(request.threads)
     missing = [f for f in (request.out, *request.out.parents) if not os.path.lexists(f)]
     try:
         with locked(request.out, request.resume):
@@ -224,42 +199,6 @@ def write_images(
     )
 
 
-def check_request(request: RunRequest) -> None:
-    """Raises UserError for what can be known to be wrong before anything is loaded."""
-    if not request.classes:
-        raise UserError(
-            "say what to draw with --class NAME or --class ID; `lpd-export inspect "
-            f"{request.bundle} --classes` lists the classes"
-        )
-    if request.count < 1:
-        raise UserError(f"-n must be at least 1, but it is {request.count}")
-    if request.batch is not None and request.batch < 1:
-        raise UserError(f"--batch must be at least 1, but it is {request.batch}")
-    check_threads(request.threads)
-    if request.steps is not None and not request.schedule:
-        raise UserError("--steps says how to read a --schedule; alone it has no meaning here")
-    if request.save_tokens:
-        if os.path.lexists(request.save_tokens):
-            raise UserError(f"{request.save_tokens} exists: choose another --save-tokens")
-        folder = Path(request.save_tokens).absolute().parent
-        if folder != request.out.absolute() and not folder.is_dir():
-            raise UserError(f"cannot write {request.save_tokens}: its folder does not exist")
-        check_writable(folder)
-
-
-def check_out(out: Path, resume: bool) -> None:
-    """Raises UserError unless images can go to `out`: a new or empty folder, or one to resume."""
-    check_writable(out)
-    if os.path.lexists(out) and {path.name for path in out.iterdir()} - {LOCK}:
-        if not (out / RECORDS).is_file():
-            raise UserError(f"{out} exists and is not empty: choose another --out")
-        if not resume:
-            raise UserError(
-                f"{out} holds the images of another run: choose another --out, or go on with "
-                "that run by --resume"
-            )
-
-
 @contextlib.contextmanager
 def locked(out: Path, resume: bool) -> Iterator[None]:
     """Makes the folder `out` if it is not there, and keeps other runs from it.
@@ -268,8 +207,6 @@ def locked(out: Path, resume: bool) -> Iterator[None]:
         UserError: if another run is writing there, or as `check_out`.
     """
     lock_file = out / LOCK
-    if not os.path.lexists(lock_file):  # a folder of somebody else's is left as it is
-        check_out(out, resume)
     create_folder(out)
     taken = f"another run is writing to {out}: wait for it to end, or choose another --out"
     with contextlib.ExitStack() as stack:
@@ -354,11 +291,6 @@ def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
     """
     manifest = pipeline.manifest
     labels = resolve_classes(request.classes, manifest.class_names, manifest.model.num_classes)
-    if len(labels) * request.count > MAX_IMAGES:
-        raise UserError(
-            f"-n {request.count} asks for {len(labels) * request.count} images, a run makes "
-            f"{MAX_IMAGES} at most"
-        )
     schedule = None
     if request.schedule:
         steps = request.steps
@@ -398,21 +330,25 @@ def read_records(out: Path, plan: ImagePlan) -> dict[int, Finished]:
     *lines, _ = path.read_bytes().split(b"\n")  # a last one that a kill cut short is left out
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            index = record["index"]
-        except (ValueError, LookupError, TypeError) as error:
+            record = RECORD.validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
             raise UserError(
-                f"{path}, line {number}: not a record of `lpd-export run`; choose another --out"
+                f"{path}, line {number}: not a record of `lpd-export run` ({what}); choose another "
+                "--out"
             ) from error
-        if not isinstance(index, int) or not 0 <= index < len(plan.labels):
+        index = record["index"]
+        if index >= len(plan.labels):
             raise UserError(
                 f"{path}, line {number}: image {index} is not among the {len(plan.labels)} of "
                 "this run; choose another --out"
             )
-        check_same(record, plan.record(index), f"{path}, line {number}")
-        token_ids = read_token_ids(record.pop("token_ids", None), plan)
+        expected = plan.record(index)
+        check_same(record, expected, f"{path}, line {number}")
+        token_ids = read_token_ids(record.get("token_ids"), plan)
         if token_ids is not None and is_whole(out / record["file"]):
-            done[index] = Finished(record, token_ids)
+            done[index] = Finished(expected | {"bundle": record["bundle"]}, token_ids)
     return done
 
 
@@ -435,7 +371,7 @@ def is_whole(png: Path) -> bool:
     return True
 
 
-def check_same(found: Mapping[str, Any], expected: Record, where: str) -> None:
+def check_same(found: Mapping[str, object], expected: Record, where: str) -> None:
     # What follows from other entries goes last, so that the cause is what is named.
     for key in sorted(expected, key=lambda key: key in ("file", "order", "index")):
         value = expected[key]

@@ -9,11 +9,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lpd_export.cli.streams import lossy_stderr
+
+if TYPE_CHECKING:
+    from lpd_export.run import Advance
 
 
 @contextlib.contextmanager
@@ -86,8 +89,6 @@ def image_progress(
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from lpd_export.run import Advance
 
     console = Console(stderr=True)
     if quiet:

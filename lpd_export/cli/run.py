@@ -11,6 +11,7 @@ from lpd_export.build.request import CHOICES
 from lpd_export.cli.options import device_option, verbosity_options
 from lpd_export.cli.output import json_option, print_json
 from lpd_export.cli.progress import image_progress
+from lpd_export.run_request import RunRequest, check_request
 
 
 @click.command()
@@ -67,14 +68,11 @@ def run(
       lpd-export run engines/lpd-l-256-fp32 --class 207 "red panda" --seed 1 --out images
       lpd-export run engines/demo --class heart --trace --out steps
     """
-    from lpd_export.run import TRACES, RunRequest, generate_images
-
-    request = RunRequest(
-        bundle=Path(bundle),
-        classes=[*classes, *more_classes],
-        **(options | {"out": Path(options["out"])}),
-    )
+    request = RunRequest(Path(bundle), [*classes, *more_classes], **options)
+    check_request(request)
     with image_progress(quiet, verbose) as (report, advance):
+        from lpd_export.run import TRACES, generate_images  # torch, once the mistakes are told
+
         result = generate_images(request, report, advance)
     if as_json:
         print_json(result.as_json())

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.cli.exit_codes import EXIT_FAILED
 from lpd_export.cli.options import device_option, verbosity_options
 from lpd_export.cli.output import json_option, print_json
@@ -82,6 +83,9 @@ def verify(
       lpd-export verify engines/demo-fp16 --against engines/demo
       lpd-export verify engines/demo-int8 --threshold sequence_kl=0.005 --bisect
     """
+    Bundle.open(bundle)  # a slip is told before torch is loaded
+    if options["against"] != "reference":
+        Bundle.open(options["against"])
     with stages(quiet, verbose) as (report, _):
         report("loading torch and Polygraphy")
         from lpd_export.accuracy.sides import SidesRequest

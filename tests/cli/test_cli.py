@@ -65,6 +65,35 @@ def test_help_in_its_own_process_is_quick_and_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run gone --class 0 --out a", "there is no bundle gone"),
+        ("run SMALL --class xqzzy --out a", "there is no class 'xqzzy'"),
+        ("run SMALL --class 0 --out .", "exists and is not empty"),
+        ("run SMALL --class 0 --out a --seed -1", "--seed must be"),
+        ("build gone.toml", "there is no recipe gone.toml"),
+        ("verify gone", "there is no bundle gone"),
+        ("verify SMALL --against gone", "there is no bundle gone"),
+    ],
+)
+def test_mistakes_are_told_before_torch_is_loaded(
+    small_bundle: Path, tmp_path: Path, arguments: str, message: str
+) -> None:
+    (tmp_path / "mine").touch()
+    program = (
+        "import sys; from lpd_export.cli.main import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as end: print(end.code)\n"
+        "print('torch' in sys.modules)"
+    )
+    words = [str(small_bundle) if word == "SMALL" else word for word in arguments.split()]
+    said = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.stdout.split() == ["2", "False"]
+    assert message in said.stderr
+
+
 def test_version() -> None:
     assert answer("--version").out == f"lpd-export, version {lpd_export.__version__}\n"
 

@@ -19,7 +19,8 @@ from commandline import Answer, answer, end, entries, mistake, sentence, start, 
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.images import BLANK, save_png
-from lpd_export.run import RunRequest, generate_images, is_whole
+from lpd_export.run import generate_images, is_whole
+from lpd_export.run_request import RunRequest
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.schedule.schedule import Schedule, step_of_cell
 
@@ -353,26 +354,35 @@ def test_a_schedule_of_ones_own(small_bundle: Path, tmp_path: Path) -> None:
         ("--class -1", "there is no class -1: the classes are 0 to 4"),
         ("--class " + "9" * 5000, "there is no class '9999"),
         ("--class 0 bird icecream", "there is no class 'icecream'; did you mean 'ice-cream' (1)"),
-        ("--class 0 -n 0", "-n must be at least 1, but it is 0"),
-        ("--class 0 -n -2", "-n must be at least 1, but it is -2"),
+        ("--class 0 -n 0", "-n must be greater than or equal to 1, but it is 0"),
+        ("--class 0 -n -2", "-n must be greater than or equal to 1, but it is -2"),
         ("--class 0 -n 1000000000000", "asks for 1000000000000 images, a run makes 1000000 at"),
         ("--class 0 -n 1.5", "'1.5' is not a valid integer"),
-        ("--class 0 --batch 0", "--batch must be at least 1, but it is 0"),
-        ("--class 0 --batch -1", "--batch must be at least 1, but it is -1"),
+        ("--class 0 --batch 0", "--batch must be greater than or equal to 1, but it is 0"),
+        ("--class 0 --batch -1", "--batch must be greater than or equal to 1, but it is -1"),
         ("--class 0 --threads 0", "--threads must be at least 1, but it is 0"),
         ("--class 0 --threads 100000", "--threads 100000 is more than"),
-        ("--class 0 --seed -1", "the seed must be from 0 to 2^64 - 1, but it is -1"),
-        (f"--class 0 --seed {2**64}", "the seed must be from 0 to 2^64 - 1, but it is 18446744"),
-        ("--class 0 --cfg -1", "cfg must be a number from 0 up, but it is -1"),
-        ("--class 0 --cfg nan", "cfg must be a number from 0 up, but it is nan"),
-        ("--class 0 --cfg inf", "cfg must be a number from 0 up, but it is inf"),
-        ("--class 0 --temperature 0", "temperature must be above 0, but it is 0.0"),
-        ("--class 0 --temperature -1", "temperature must be above 0, but it is -1"),
-        ("--class 0 --temperature nan", "temperature must be above 0, but it is nan"),
-        ("--class 0 --top-k 0", "top-k must be at least 1, but it is 0"),
-        ("--class 0 --top-p 0", "top-p must be above 0 and at most 1, but it is 0"),
-        ("--class 0 --top-p 1.1", "top-p must be above 0 and at most 1, but it is 1.1"),
-        ("--class 0 --top-p nan", "top-p must be above 0 and at most 1, but it is nan"),
+        ("--class 0 --seed -1", "--seed must be greater than or equal to 0, but it is -1"),
+        (
+            f"--class 0 --seed {2**64}",
+            "--seed must be less than or equal to 18446744073709551615, but it is 18446744",
+        ),
+        ("--class 0 --cfg -1", "--cfg must be greater than or equal to 0, but it is -1"),
+        ("--class 0 --cfg nan", "--cfg must be a finite number, but it is nan"),
+        ("--class 0 --cfg inf", "--cfg must be a finite number, but it is inf"),
+        (
+            "--class 0 --temperature 0",
+            "--temperature must be greater than or equal to 0.001, but it is 0.0",
+        ),
+        (
+            "--class 0 --temperature -1",
+            "--temperature must be greater than or equal to 0.001, but it is -1",
+        ),
+        ("--class 0 --temperature nan", "--temperature must be a finite number, but it is nan"),
+        ("--class 0 --top-k 0", "--top-k must be greater than or equal to 1, but it is 0"),
+        ("--class 0 --top-p 0", "--top-p must be greater than 0, but it is 0"),
+        ("--class 0 --top-p 1.1", "--top-p must be less than or equal to 1, but it is 1.1"),
+        ("--class 0 --top-p nan", "--top-p must be a finite number, but it is nan"),
         ("--class 0 --guidance cosine", "'cosine' is not one of 'linear', 'constant'"),
         ("--class 0 --steps 4", "--steps says how to read a --schedule; alone it has no meaning"),
         ("--class 0 --schedule gone.npz", "cannot read the schedule gone.npz: No such file"),
@@ -384,7 +394,8 @@ def test_a_schedule_of_ones_own(small_bundle: Path, tmp_path: Path) -> None:
         ("--class 0 --save-tokens 8x8.npz", "8x8.npz exists: choose another --save-tokens"),
         ("--class 0 --save-tokens gone/a.npy", "cannot write gone/a.npy: its folder does not ex"),
         ("--class 0 --save-tokens 8x8.npz --resume", "8x8.npz exists: choose another --save-tok"),
-        ("--class 0 --cfg 3e38", "NaN or infinite"),  # noticed only while generating
+        ("--class 0 --cfg 1e308", "--cfg must be less than or equal to 1000, but it is 1e+308"),
+        ("--class 0 --temperature 1e-300", "--temperature must be greater than or equal to 0.001"),
     ],
 )
 def test_requests_that_cannot_be_met(
@@ -705,7 +716,40 @@ def test_a_run_is_not_resumed_with_another_bundle(
     run(tmp_path / "moved", tmp_path / "a", "--class", "0", "--resume")
 
 
-@pytest.mark.parametrize("line", ['{"text": "mine"}', "[]", "mine", "\udcff", '{"index": "x"}'])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("index", True), ("index", -1), ("cfg", "3"), ("cfg", 1e308), ("steps", 4.5), ("order", [])],
+)
+def test_a_record_that_was_altered_is_told(
+    small_bundle: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    (row,) = run(small_bundle, tmp_path / "a", "--class", "0")
+    (tmp_path / "a" / RECORDS).write_text(json.dumps(row | {key: value}) + "\n")
+    said = mistake("run", small_bundle, "--class", "0", "--out", tmp_path / "a", "--resume")
+    assert f"{RECORDS}, line 1: not a record of `lpd-export run` ({key}: Input should be" in said
+
+
+def test_a_request_from_python_is_checked_too(tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"seed": "1"}, "--seed must be a valid integer, but it is '1'"),
+        ({"count": 1.5}, "-n must be a valid integer, but it is 1.5"),
+        ({"classes": "heart"}, "--class must be a valid list, but it is 'heart'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            RunRequest(**{"bundle": tmp_path, "classes": ["0"], "out": tmp_path / "a", **wrong})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param("[" * 100_000, id="deep"),
+        '{"text": "mine"}',
+        "[]",
+        "mine",
+        "\udcff",
+        '{"index": "x"}',
+    ],
+)
 def test_a_foreign_file_of_records_is_left_alone(
     small_bundle: Path, tmp_path: Path, line: str
 ) -> None:

@@ -1,0 +1,151 @@
+"""What a run is asked for, and the record that it keeps of an image: types, bounds, and sense.
+
+Loads no torch, so that a mistake is told at once. Does not know how images are made.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+    with_config,
+)
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
+
+from lpd_export.bundle.classes import resolve_classes
+from lpd_export.bundle.manifest import Bundle
+from lpd_export.errors import UserError
+from lpd_export.files import check_writable
+
+RECORDS = "images.jsonl"
+LOCK = ".run.lock"
+MAX_IMAGES = 1_000_000
+"""Of a run; a greater number is a slip of the keyboard."""
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+Folder = Annotated[Path, Field(strict=False)]
+Index = Annotated[int, Field(ge=0, lt=MAX_IMAGES)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
+Cfg = Annotated[float, Field(ge=0, le=1000)]
+Guidance = Annotated[str, Field(pattern="^(linear|constant)$")]
+Temperature = Annotated[float, Field(ge=0.001, le=1000)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunRequest:
+    """Everything that a user can say of a run; see `lpd-export run --help`.
+
+    Raises:
+        UserError: for a value of a wrong type, or one out of its bounds.
+    """
+
+    bundle: Folder
+    classes: list[str]
+    out: Folder
+    count: Annotated[int, Field(ge=1)] = 1
+    seed: Seed = 0
+    cfg: Cfg | None = None
+    guidance: Guidance | None = None
+    temperature: Temperature = 1.0
+    top_k: Positive | None = None
+    top_p: Probability | None = None
+    batch: Positive | None = None
+    schedule: str | None = None
+    steps: Positive | None = None
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d{1,3})?)$")] | None = None
+    threads: int | None = None
+    save_tokens: str | None = None
+    trace: bool = False
+    resume: bool = False
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told_in_a_sentence(
+        cls, values: Any, handler: ModelWrapValidatorHandler[RunRequest]
+    ) -> RunRequest:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            option = {"count": "-n", "classes": "--class"}.get(name, f"--{name.replace('_', '-')}")
+            must = first["msg"].replace("Input should", "must")
+            raise UserError(f"{option} {must}, but it is {first['input']!r}") from error
+
+
+@with_config(STRICT)
+class Record(TypedDict):
+    """A line of images.jsonl: how an image was made."""
+
+    file: str
+    index: Index
+    class_id: Annotated[int, Field(ge=0)] | None
+    class_name: str
+    order: Annotated[int, Field(ge=0)]
+    seed: Seed
+    cfg: Cfg
+    guidance: Guidance
+    temperature: Temperature
+    top_k: Positive | None
+    top_p: Probability | None
+    steps: Positive
+    schedule_sha256: Digest
+    bundle: str
+    manifest_sha256: Digest
+    token_ids: NotRequired[Any]
+    """[cells], raster order; an image whose token ids are damaged is made again."""
+
+
+RECORD = TypeAdapter(Record)
+
+
+def check_request(request: RunRequest) -> None:
+    """Raises UserError for what can be known to be wrong before anything is loaded."""
+    if not request.classes:
+        raise UserError(
+            "say what to draw with --class NAME or --class ID; `lpd-export inspect "
+            f"{request.bundle} --classes` lists the classes"
+        )
+    if request.steps is not None and not request.schedule:
+        raise UserError("--steps says how to read a --schedule; alone it has no meaning here")
+    if request.save_tokens:
+        if os.path.lexists(request.save_tokens):
+            raise UserError(f"{request.save_tokens} exists: choose another --save-tokens")
+        folder = Path(request.save_tokens).absolute().parent
+        if folder != request.out.absolute() and not folder.is_dir():
+            raise UserError(f"cannot write {request.save_tokens}: its folder does not exist")
+        check_writable(folder)
+    if not os.path.lexists(request.out / LOCK):  # else another run is writing there
+        check_out(request.out, request.resume)
+    manifest = Bundle.open(request.bundle).manifest
+    labels = resolve_classes(request.classes, manifest.class_names, manifest.model.num_classes)
+    if len(labels) * request.count > MAX_IMAGES:
+        raise UserError(
+            f"-n {request.count} asks for {len(labels) * request.count} images, a run makes "
+            f"{MAX_IMAGES} at most"
+        )
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raises UserError unless images can go to `out`: a new or empty folder, or one to resume."""
+    check_writable(out)
+    if os.path.lexists(out) and {path.name for path in out.iterdir()} - {LOCK}:
+        if not (out / RECORDS).is_file():
+            raise UserError(f"{out} exists and is not empty: choose another --out")
+        if not resume:
+            raise UserError(
+                f"{out} holds the images of another run: choose another --out, or go on with "
+                "that run by --resume"
+            )
