@@ -28,7 +28,7 @@ from polygraphy.datatype import DataType
 from torch import Tensor
 
 from lpd_export.errors import GraphError
-from lpd_export.graphs.export import cache_names
+from lpd_export.graphs.contract import cache_names
 from lpd_export.images import to_uint8
 from lpd_export.progress import Report
 from lpd_export.runtime.pipeline import Pipeline

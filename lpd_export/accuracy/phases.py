@@ -18,7 +18,7 @@ from polygraphy.comparator import Comparator
 from lpd_export.accuracy.comparison import comparable, quiet
 from lpd_export.accuracy.implementations import Drawn, Task
 from lpd_export.accuracy.sides import Sides
-from lpd_export.graphs.export import cache_names
+from lpd_export.graphs.contract import cache_names
 from lpd_export.schedule.schedule import Phase, attention_mask
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -52,7 +52,7 @@ from lpd_export.bundle.manifest import (
 )
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
-from lpd_export.graphs import export
+from lpd_export.graphs import contract, export
 from lpd_export.precision.writer import PrecisionWriter, compute_precision, read_kept_layers
 from lpd_export.progress import Progress, Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -185,7 +185,7 @@ def compile_engines(
             "tensors": {
                 name: f"[{', '.join(map(str, shape))}]"
                 for name, shape in export.load_shapes(folder / "onnx" / f"{graph}.onnx").items()
-                if not name.startswith(("past_", "present_"))
+                if not (contract.is_past(name) or contract.is_present(name))
             },
             "optimization_profiles": [
                 {axis: dataclasses.astuple(ends) for axis, ends in profile.items()}

@@ -28,6 +28,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from lpd_export.errors import UserError
+from lpd_export.graphs import contract
 from lpd_export.precision.casting import WIDEST_FUSED_HEAD
 from lpd_export.progress import Progress
 from lpd_export.schedule.schedule import Phase
@@ -82,13 +83,15 @@ def decode_profiles(phases: Sequence[Phase], max_batch: int) -> tuple[Profile, .
         contexts = [phase.context for phase in group]
         context = AxisRange(min(contexts), longest.context, max(contexts))
         tokens = AxisRange(group[0].tokens, longest.tokens, longest.tokens)
-        profiles.append({"rows": rows, "context_tokens": context, "tokens": tokens})
+        profiles.append(
+            {contract.ROWS: rows, contract.CONTEXT_TOKENS: context, contract.TOKENS: tokens}
+        )
     return tuple(profiles)
 
 
 def tokenizer_profiles(max_batch: int) -> tuple[Profile, ...]:
     """The one profile of detokenize.onnx and tokenize.onnx: 1 to `max_batch` images."""
-    return ({"batch": AxisRange(1, max_batch, max_batch)},)
+    return ({contract.BATCH: AxisRange(1, max_batch, max_batch)},)
 
 
 # ------------------------------------------------------------------------------------ options
@@ -434,7 +437,7 @@ def _inspect(trt: Any, graph: str, path: Path, facts: dict[str, Any], network: A
     if graph != "decode":
         return
     for name in outputs:
-        if name.startswith("present_") and name not in updates.values():
+        if contract.is_present(name) and name not in updates.values():
             raise UserError(
                 f"{path.name} does not update {name} in place: it must be the output of a "
                 "TensorScatter whose cache is an input of the graph; export it again"
@@ -549,7 +552,7 @@ def _facts_of_log(log: str, inputs: Iterable[str]) -> dict[str, Any]:
         "copied_caches": tuple(
             name
             for name in inputs
-            if name.startswith("past_")
+            if contract.is_past(name)
             # In another profile than the first it is `past_key_0 [profile 1]`.
             and any(re.search(rf"Name: {name}[, ]", read) for _, read in layers)
         ),

@@ -26,6 +26,7 @@ from onnxscript.onnx_opset import opset24
 from torch import nn
 from torch.export import Dim
 
+from lpd_export.graphs import contract
 from lpd_export.graphs.modules import Decode, Detokenize, Tokenize
 from lpd_export.schedule.schedule import Phase
 from lpd_reference.lpd import LPD
@@ -48,11 +49,6 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def cache_names(prefix: str, depth: int) -> list[str]:
-    """Names of the caches in the graph's order: every layer's keys, then every layer's values."""
-    return [f"{prefix}_{kind}_{i}" for kind in ("key", "value") for i in range(depth)]
-
-
 def export_decode(model: LPD) -> ir.Model:
     """`decode.onnx`: the transformer of all phases (see `graphs.Decode`)."""
     config = model.config
@@ -68,7 +64,7 @@ def export_decode(model: LPD) -> ir.Model:
         caches[: config.depth],
         caches[config.depth :],
     )
-    row, column, token = Dim("rows"), Dim("context_tokens"), Dim("tokens")
+    row, column, token = map(Dim, (contract.ROWS, contract.CONTEXT_TOKENS, contract.TOKENS))
     cache_axes = [{0: row}] * config.depth
     return _export(
         Decode(model),
@@ -82,13 +78,10 @@ def export_decode(model: LPD) -> ir.Model:
             cache_axes,
         ),
         input_names=[
-            "token_ids",
-            "positions",
-            "attention_mask",
-            "write_index",
-            *cache_names("past", config.depth),
+            *contract.STEP_INPUTS,
+            *contract.cache_names(contract.PAST, config.depth),
         ],
-        output_names=["logits", *cache_names("present", config.depth)],
+        output_names=[contract.LOGITS, *contract.cache_names(contract.PRESENT, config.depth)],
     )
 
 
@@ -96,7 +89,11 @@ def export_detokenize(tokenizer: VQTokenizer, grid: int) -> ir.Model:
     """`detokenize.onnx`: indices [B, S] int64 to image [B, 3, height, width]."""
     indices = torch.zeros(2, grid * grid, dtype=torch.int64)
     return _export(
-        Detokenize(tokenizer, grid), (indices,), ({0: Dim("batch")},), ["indices"], ["image"]
+        Detokenize(tokenizer, grid),
+        (indices,),
+        ({0: Dim(contract.BATCH)},),
+        [contract.INDICES],
+        [contract.IMAGE],
     )
 
 
@@ -104,7 +101,13 @@ def export_tokenize(tokenizer: VQTokenizer, grid: int) -> ir.Model:
     """`tokenize.onnx`: image [B, 3, height, width] in [-1, 1] to indices [B, S] int64."""
     side = grid * tokenizer.config.stride
     image = torch.zeros(2, 3, side, side)
-    return _export(Tokenize(tokenizer), (image,), ({0: Dim("batch")},), ["image"], ["indices"])
+    return _export(
+        Tokenize(tokenizer),
+        (image,),
+        ({0: Dim(contract.BATCH)},),
+        [contract.IMAGE],
+        [contract.INDICES],
+    )
 
 
 def _export(
@@ -210,7 +213,11 @@ def write_phases(folder: Path, phases: Sequence[Phase], rows: int) -> list[Path]
     paths = []
     for phase in phases:
         model = ir.load(folder / "decode.onnx")
-        sizes = {"rows": rows, "context_tokens": phase.context, "tokens": phase.tokens}
+        sizes = {
+            contract.ROWS: rows,
+            contract.CONTEXT_TOKENS: phase.context,
+            contract.TOKENS: phase.tokens,
+        }
         make_static(model, sizes)
         model.graph.name = phase.name
         paths.append(folder / f"{phase.name}.onnx")

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lpd_export.errors import UserError
+from lpd_export.graphs.contract import LOGITS
 
 FLOAT = ir.DataType.FLOAT
 COMPUTE_TYPES = {
@@ -65,7 +66,7 @@ def lower(model: ir.Model, precision: str) -> None:
         if node.op_type == "Attention" and not masked and _width(node) > WIDEST_FUSED_HEAD:
             _compute_in_float(graph, _spell_out(graph, node, compute), compute)
     for value in list(graph.outputs):
-        if value.name == "logits":
+        if value.name == LOGITS:
             _output_in_float(graph, value)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lpd_export.errors import NumericalError, UserError
+from lpd_export.graphs import contract
 from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.sampler import Sampling, guide, sample
 from lpd_export.schedule.schedule import Phase, attention_mask
@@ -200,14 +201,14 @@ class Batch:
             attention_mask(phase, self._dimensions.cells, masked, self._mutual_visibility)
         )
         tensors = {
-            "token_ids": token_ids,
-            "positions": positions,
-            "attention_mask": mask.to(self._executor.device, self._executor.float_type),
-            "write_index": integers(rows) + phase.write_index,
-            "logits": logits,
+            contract.TOKEN_IDS: token_ids,
+            contract.POSITIONS: positions,
+            contract.ATTENTION_MASK: mask.to(self._executor.device, self._executor.float_type),
+            contract.WRITE_INDEX: integers(rows) + phase.write_index,
+            contract.LOGITS: logits,
         }
         for name, cache in caches.items():
-            tensors[f"past_{name}"] = tensors[f"present_{name}"] = cache
+            tensors[f"{contract.PAST}_{name}"] = tensors[f"{contract.PRESENT}_{name}"] = cache
         run = self._executor.bind("decode", tensors)
         return Step(phase, token_ids, positions, logits, run)
 
@@ -217,7 +218,7 @@ class Batch:
         # A CPU gains nothing from decoding images together, and would hold all their activations.
         chunk = 1 if self._executor.device.type == "cpu" else self.size
         return [
-            self._executor.bind("detokenize", {"indices": indices, "image": images})
+            self._executor.bind("detokenize", {contract.INDICES: indices, contract.IMAGE: images})
             for indices, images in zip(
                 self.token_ids.split(chunk), self.images.split(chunk), strict=True
             )

@@ -21,6 +21,7 @@ from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
+from lpd_export.graphs.contract import IMAGE, INDICES
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.machine.facts import read_memory
 from lpd_export.runtime.executor import Executor
@@ -361,7 +362,7 @@ class Pipeline:
             )
         side = self._dimensions.image_size
         image = torch.zeros((shape[0], 3, side, side), dtype=self._executor.float_type)
-        self._run("detokenize", "indices", torch.from_numpy(token_ids), "image", image)
+        self._run("detokenize", INDICES, torch.from_numpy(token_ids), IMAGE, image)
         return image.float().numpy()
 
     def trace(self, image: GeneratedImage) -> NDArray[np.uint8]:
@@ -397,7 +398,7 @@ class Pipeline:
             )
         indices = torch.zeros((len(images), self._dimensions.cells), dtype=torch.int64)
         image = torch.from_numpy(images).to(self._executor.float_type)
-        self._run("tokenize", "image", image, "indices", indices)
+        self._run("tokenize", IMAGE, image, INDICES, indices)
         return indices.numpy()
 
     def _run(

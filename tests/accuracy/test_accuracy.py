@@ -56,7 +56,7 @@ from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
-from lpd_export.graphs.export import cache_names
+from lpd_export.graphs.contract import cache_names
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.schedule import Schedule, phase_table
 from lpd_reference import LPD, VQTokenizer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import golden
-from lpd_export.graphs import export
+from lpd_export.graphs import contract, export
 from lpd_export.graphs.modules import Decode, Detokenize, Tokenize, tensor_scatter
 from lpd_export.schedule.schedule import attention_mask, phase_table
 from lpd_reference import LPD, VQTokenizer
@@ -65,7 +65,7 @@ def step_inputs(model: LPD, sizes: list[int], rows: int, number: int) -> dict[st
     shape = (rows, config.heads, config.cells + 1, config.head_dim)
     caches = {
         name: torch.randn(shape, generator=generator)
-        for name in export.cache_names("past", config.depth)
+        for name in contract.cache_names("past", config.depth)
     }
     return {
         "token_ids": torch.randint(vocabulary, (rows, phase.context), generator=generator),
@@ -169,7 +169,7 @@ def test_decode_onnx_has_the_promised_names_shapes_and_types(
     assert shapes.pop("attention_mask") == ["tokens", cells + 1]
     assert shapes.pop("write_index") == ["rows"]
     assert shapes.pop("logits") == ["rows", "tokens - context_tokens", config.vocab_size]
-    names = export.cache_names("past", depth) + export.cache_names("present", depth)
+    names = contract.cache_names("past", depth) + contract.cache_names("present", depth)
     assert shapes == dict.fromkeys(names, cache)
 
     graph = open_graph(exported / "decode.onnx").graph

@@ -14,7 +14,7 @@ from torch import Tensor
 import golden
 import lpd_reference
 from lpd_export import Pipeline, UserError
-from lpd_export.graphs import export
+from lpd_export.graphs import contract, export
 from lpd_export.runtime.generator import Dimensions, Generator
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Progress
@@ -321,7 +321,7 @@ def test_caches_are_updated_in_place_and_buffers_are_reused(tmp_path: Path) -> N
     decode = [addresses for addresses in bound if "logits" in addresses]
     assert len(decode) == len(vectors.config["group_sizes"])
     for addresses in decode:
-        for past in export.cache_names("past", model.config.depth):
+        for past in contract.cache_names("past", model.config.depth):
             assert addresses[past] == addresses[past.replace("past", "present")]
             assert addresses[past] == decode[0][past]
 
