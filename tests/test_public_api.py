@@ -36,7 +36,7 @@ WORDS = {
     "--orders --repulsion --cfg --guidance --precision --keep-layers --backend --max-batch "
     "--workspace --optimization-level --timing-cache --version-compatible --hardware-compatible "
     "--compute-capability --weight-stripped --random-weights --seed --out --force "
-    "--quiet --verbose --json",
+    "--dry-run --quiet --verbose --json",
     "run": "BUNDLE --class -n --seed --cfg --guidance --temperature --top-k --top-p --batch "
     "--schedule --steps --device --threads --save-tokens --trace --resume --out "
     "--quiet --verbose --json",
