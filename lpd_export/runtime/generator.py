@@ -10,7 +10,7 @@ Shapes: B images, R rows (B, or 2B with guidance: conditional rows, then null ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,6 +71,19 @@ class Generator:
         self._dimensions = dimensions
         self._phases = phases
         self._batch: Batch | None = None
+        # Not the batch's own: a recording holds the batch, and the two would outlive their use.
+        self._recordings: dict[tuple[float, int | None, float | None], Run] = {}
+        self._finished = True
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that it holds, to be used again or freed by the next batch."""
+        return 0 if self._batch is None else self._batch.nbytes
+
+    def free(self) -> None:
+        """Gives back buffers and recordings; the next generation makes them anew."""
+        self._recordings.clear()
+        self._batch = None
 
     def generate(
         self,
@@ -79,6 +92,7 @@ class Generator:
         uniform: Tensor,
         sampling: Sampling,
         on_step: Callable[[int], None] = lambda step: None,
+        size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Token ids [B, S] int64 in raster order, and images [B, 3, height, width] in [-1, 1].
 
@@ -88,6 +102,8 @@ class Generator:
             uniform: [B, S] float64 in [0, 1), in generation order.
             sampling: guidance and filters.
             on_step: called after each step with how many are done.
+            size: of the buffers, if there may be more images than labels; rows without one repeat
+                the last image, and are not returned.
 
         The returned tensors are the generator's own buffers: the next call overwrites them.
 
@@ -95,9 +111,9 @@ class Generator:
             UserError: if the logits of a step are not finite, or memory does not suffice.
         """
         try:
-            return self._generate(labels, orders, uniform, sampling, on_step)
+            return self._generate(labels, orders, uniform, sampling, on_step, size or len(labels))
         except torch.OutOfMemoryError as error:
-            self._batch = None
+            self.free()
             raise UserError(
                 f"a batch of {len(labels)} does not fit in the GPU's memory: use a smaller batch"
             ) from error
@@ -109,10 +125,11 @@ class Generator:
         uniform: Tensor,
         sampling: Sampling,
         on_step: Callable[[int], None],
+        size: int,
     ) -> tuple[Tensor, Tensor]:
-        size, guided = len(labels), sampling.guided
+        images, guided = len(labels), sampling.guided
         if self._batch is None or (self._batch.size, self._batch.guided) != (size, guided):
-            self._batch = None  # frees the caches before there are others
+            self.free()  # before there are other caches
             self._batch = Batch(
                 self._executor,
                 self._dimensions,
@@ -121,10 +138,21 @@ class Generator:
                 guided,
                 self._mutual_visibility,
             )
+            # Before anything runs: a graph bound later may move the memory that all work in.
+            self._batch.bind_detokenize()
         batch = self._batch
+        repeated = [*range(images), *[images - 1] * (size - images)]
         with self._executor.stream():
-            batch.load(labels, orders, uniform, sampling.scale(self._dimensions.cells))
-            batch.run(sampling, on_step)
+            if not self._finished:
+                batch.clear_caches()
+            self._finished = False
+            batch.load(
+                [labels[image] for image in repeated],
+                orders[repeated],
+                uniform[repeated],
+                sampling.scale(self._dimensions.cells),
+            )
+            self._run(batch, sampling, on_step)
             # The only look at the device, after everything has been launched.
             finite = batch.finite.tolist()
         for step, is_finite in enumerate(finite):
@@ -133,7 +161,22 @@ class Generator:
                     f"the logits of step {step + 1} are NaN or infinite: cfg {sampling.cfg:g} is "
                     "too large, or the weights or the precision of this bundle are broken"
                 )
-        return batch.token_ids, batch.images
+        self._finished = True
+        return batch.token_ids[:images], batch.images[:images]
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch, sampling: Sampling, on_step: Callable[[int], None]) -> None:
+        if not self._executor.records:
+            batch.launch(sampling, on_step)
+            return
+        # Guidance is in a buffer; these are constants of the launched operations.
+        fixed = sampling.temperature, sampling.top_k, sampling.top_p
+        if fixed not in self._recordings:
+            self._recordings.clear()  # each holds memory of its own
+            work = partial(batch.launch, sampling, lambda step: None)
+            self._recordings[fixed] = self._executor.record(work)
+        self._recordings[fixed]()
+        on_step(len(self._phases))
 
 
 class Batch:
@@ -167,7 +210,7 @@ class Batch:
         self.token_ids = integers(size, cells)
         self.finite = torch.ones(len(phases), dtype=torch.bool, device=device)
         cache_shape = (rows, dimensions.heads, cells + 1, dimensions.head_dim)
-        caches = {
+        self._caches = {
             f"{kind}_{layer}": floats(*cache_shape)
             for kind in ("key", "value")
             for layer in range(dimensions.depth)
@@ -178,11 +221,13 @@ class Batch:
             rows * most_queries * dimensions.vocab_size, dtype=torch.float32, device=device
         )
         self.steps = [
-            self._bind_step(phase, rows, caches, all_logits, integers) for phase in phases
+            self._bind_step(phase, rows, self._caches, all_logits, integers) for phase in phases
         ]
         side = dimensions.image_size
         self.images = floats(size, 3, side, side)
-        self._recordings: dict[tuple[float, int | None, float | None], Run] = {}
+        self._detokenize: list[Run] = []
+        self.nbytes = all_logits.nbytes + sum(cache.nbytes for cache in self._caches.values())
+        """Of caches and logits; what else there is is small."""
 
     def _bind_step(
         self,
@@ -212,12 +257,16 @@ class Batch:
         run = self._executor.bind("decode", tensors)
         return Step(phase, token_ids, positions, logits, run)
 
-    @cached_property
-    def detokenize(self) -> list[Run]:
-        """The decoder, bound from `token_ids` to `images`; not needed for single steps."""
+    def clear_caches(self) -> None:
+        """Forgets keys and values: no mask hides a NaN that a failed generation left there."""
+        for cache in self._caches.values():
+            cache.zero_()
+
+    def bind_detokenize(self) -> None:
+        """Binds the decoder from `token_ids` to `images`; single steps do without."""
         # A CPU gains nothing from decoding images together, and would hold all their activations.
         chunk = 1 if self._executor.device.type == "cpu" else self.size
-        return [
+        self._detokenize = [
             self._executor.bind("detokenize", {contract.INDICES: indices, contract.IMAGE: images})
             for indices, images in zip(
                 self.token_ids.split(chunk), self.images.split(chunk), strict=True
@@ -236,22 +285,8 @@ class Batch:
             conditions += [self._dimensions.condition_id(None)] * self.size
         self.steps[0].token_ids.copy_(torch.tensor(conditions).unsqueeze(1))
 
-    @torch.inference_mode()
-    def run(self, sampling: Sampling, on_step: Callable[[int], None]) -> None:
+    def launch(self, sampling: Sampling, on_step: Callable[[int], None]) -> None:
         """Generates `token_ids` and `images` from the loaded inputs."""
-        if not self._executor.records:
-            self._launch(sampling, on_step)
-            return
-        # Guidance is in a buffer; these are constants of the launched operations.
-        fixed = sampling.temperature, sampling.top_k, sampling.top_p
-        if fixed not in self._recordings:
-            self._recordings.clear()  # each holds memory of its own
-            work = partial(self._launch, sampling, lambda step: None)
-            self._recordings[fixed] = self._executor.record(work)
-        self._recordings[fixed]()
-        on_step(len(self.steps))
-
-    def _launch(self, sampling: Sampling, on_step: Callable[[int], None]) -> None:
         sequence = torch.cat([torch.zeros_like(self.orders[:, :1]), self.orders + 1], dim=1)
         for number, step in enumerate(self.steps):
             phase = step.phase
@@ -266,7 +301,7 @@ class Batch:
             if number + 1 < len(self.steps):
                 self._copy_to_rows(self.steps[number + 1].token_ids, drawn)
             on_step(number + 1)
-        for run in self.detokenize:
+        for run in self._detokenize:
             run()
 
     def _copy_to_rows(self, rows: Tensor, images: Tensor) -> None:

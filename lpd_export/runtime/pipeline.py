@@ -202,10 +202,12 @@ class Pipeline:
             )
         needed = self.manifest.buffer_bytes(batch)
         free = free_memory(self._executor.device)
-        if free is not None and needed > free:
+        # Buffers that are held are used again, or freed before there are others.
+        held = sum(generator.held_bytes for generator in self._generators.values())
+        if free is not None and needed > free + held:
             raise UserError(
                 f"a batch of {batch} needs {needed / 1e9:.1f} GB for its caches and logits alone, "
-                f"and {free / 1e9:.1f} GB are free: use a smaller batch"
+                f"and {(free + held) / 1e9:.1f} GB are free: use a smaller batch"
             )
 
     def choose_schedule(self, schedule: Schedule | str | os.PathLike[str] | None) -> Schedule:
@@ -230,6 +232,7 @@ class Pipeline:
     ) -> Iterator[GeneratedImage]:
         generator = self._generator(schedule)
         indices = sorted(labels)
+        size = min(batch, len(indices))  # of the last batch too, so that nothing is bound anew
         for start in range(0, len(indices), batch):
             chunk = indices[start : start + batch]
             randomness = [
@@ -241,18 +244,21 @@ class Pipeline:
                 if progress is not None:
                     progress(Progress(first, images, step, schedule.steps))
 
-            token_ids, images = generator.generate(
+            buffer, images = generator.generate(
                 [labels[index] for index in chunk],
                 torch.from_numpy(orders.astype(np.int64)),
                 torch.from_numpy(np.stack([chance.uniform for chance in randomness])),
                 sampling,
                 on_step,
+                size,
             )
+            # Copied before the first yield: the caller may generate others between two images.
+            token_ids = buffer.cpu().numpy().copy()
             pixels = to_uint8(images.float().cpu().numpy())
             for row, index in enumerate(chunk):
                 yield GeneratedImage(
                     pixels=pixels[row],
-                    token_ids=token_ids[row].cpu().numpy().copy(),
+                    token_ids=token_ids[row],
                     index=index,
                     class_id=labels[index],
                     class_name=display_name(self.manifest.class_names, labels[index]),
@@ -284,15 +290,32 @@ class Pipeline:
         ).steps
 
     def teacher_forced_logits(self, images: Sequence[GeneratedImage]) -> torch.Tensor:
-        """Guided logits [B, S, V] float32 of each token of images of this bundle's own schedule.
+        """Guided logits [B, S, V] float32 of each token of images, in generation order.
 
-        As `forced_logits`; the images must share their sampling.
+        As `forced_logits`, each image along its own order.
+
+        Raises:
+            UserError: if there are none, or they differ in sampling or in their steps' sizes.
         """
+        if not images:
+            raise UserError("there are no images to compute logits of: give at least one")
+        first, sizes = images[0], images[0].schedule.group_sizes
+        for image in images:
+            if image.sampling != first.sampling or not np.array_equal(
+                image.schedule.group_sizes, sizes
+            ):
+                raise UserError(
+                    f"images {first.index} and {image.index} differ in sampling or in the sizes of "
+                    "their steps: ask for the logits of each alone"
+                )
         return self.forced_logits(
             np.stack([image.token_ids for image in images]),
             [image.class_id for image in images],
-            self._schedule.orders[[image.order_index for image in images]].astype(np.int64),
-            images[0].sampling,
+            np.stack([image.schedule.orders[image.order_index] for image in images]).astype(
+                np.int64
+            ),
+            first.sampling,
+            first.schedule,
         )
 
     @torch.inference_mode()
@@ -452,9 +475,13 @@ def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Ex
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a device's memory, where the system tells them."""
+    """Free bytes of a device's memory, where the system tells them.
+
+    Blocks that torch keeps for its next tensors count as free.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return read_memory().free
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ import golden
 import lpd_reference
 from lpd_export import Pipeline, UserError
 from lpd_export.graphs import contract, export
+from lpd_export.machine.facts import Memory
+from lpd_export.runtime.executor import Run
 from lpd_export.runtime.generator import Dimensions, Generator
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Progress
@@ -337,9 +342,119 @@ def test_nan_is_noticed_and_named(tmp_path: Path) -> None:
     generator = make_generator(tmp_path, model, tokenizer, sizes)
     orders = expect["orders"][:1]
     uniform = torch.zeros(orders.shape, dtype=torch.float64)
-    step = next(p.index for p in phase_table(sizes) if p.first_cell + p.queries > 5)
+    step = next(p.index + 1 for p in phase_table(sizes) if p.first_cell + p.queries > 5)
     with pytest.raises(UserError, match=f"step {step} .*NaN"):
         generator.generate([0], orders, uniform, Sampling())
+
+
+def test_nan_does_not_stay_for_the_next_generation(tmp_path: Path) -> None:
+    """Class 1 is broken, class 0 is not."""
+    vectors = golden.read("lpd_grid4")
+    model, expect = golden.lpd(vectors), vectors.expect
+    model.class_emb.weight.data[1] = torch.nan
+    tokenizer = golden.tokenizer(golden.read("vq_f4"))
+    generator = make_generator(tmp_path, model, tokenizer, vectors.config["group_sizes"])
+    orders = expect["orders"][:1]
+    uniform = torch.zeros(orders.shape, dtype=torch.float64)
+    before = generator.generate([0], orders, uniform, Sampling())[0].clone()
+    with pytest.raises(UserError, match="NaN"):
+        generator.generate([1], orders, uniform, Sampling())
+    assert generator.generate([0], orders, uniform, Sampling())[0].equal(before)
+
+
+class Counting(OnnxRuntimeExecutor):
+    """Counts what is bound; takes the part of an executor that records."""
+
+    bound = 0
+    bound_while_recording = 0
+
+    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+        self.bound += 1
+        return super().bind(graph, tensors)
+
+    def record(self, work: Run) -> Run:
+        before = self.bound
+        work()
+        self.bound_while_recording += self.bound - before
+        return work
+
+
+class Replaying(Counting):
+    records = True  # type: ignore[assignment]
+
+
+def counting(pipeline: Pipeline, emoji_bundle: Path, kind: type[Counting]) -> Pipeline:
+    files = {name: emoji_bundle / f"onnx/{name}.onnx" for name in ("decode", "detokenize")}
+    return Pipeline(pipeline.manifest, pipeline.choose_schedule(None), kind(files))
+
+
+def test_everything_is_bound_before_it_is_recorded(pipeline: Pipeline, emoji_bundle: Path) -> None:
+    recording = counting(pipeline, emoji_bundle, Replaying)
+    (image,) = recording.generate([13])
+    assert isinstance(recording.executor, Counting)
+    assert recording.executor.bound > 0
+    assert recording.executor.bound_while_recording == 0
+    np.testing.assert_array_equal(image.token_ids, pipeline.generate([13])[0].token_ids)
+
+
+def test_a_last_smaller_batch_binds_nothing_anew(pipeline: Pipeline, emoji_bundle: Path) -> None:
+    counted = counting(pipeline, emoji_bundle, Counting)
+    assert isinstance(counted.executor, Counting)
+    full = counted.generate([13, 2, 8], batch=3)
+    bound = counted.executor.bound
+    images = counted.generate([13, 2, 8, None], batch=3)
+    assert counted.executor.bound == bound
+    (alone,) = pipeline.stream({3: None}, seed=0, sampling=pipeline.sampling())
+    for image, expected in zip(images, [*full, alone], strict=True):
+        np.testing.assert_array_equal(image.token_ids, expected.token_ids)
+
+
+@pytest.mark.parametrize("kind", [Counting, Replaying])
+def test_buffers_of_another_batch_size_go_at_once(
+    pipeline: Pipeline, emoji_bundle: Path, kind: type[Counting]
+) -> None:
+    """Without waiting for the garbage collector: on a GPU the caches would be there twice."""
+    other = counting(pipeline, emoji_bundle, kind)
+    gc.disable()
+    try:
+        other.generate([13])
+        (generator,) = other._generators.values()
+        old = weakref.ref(generator._batch)  # type: ignore[arg-type]
+        other.generate([13, 2], batch=2)
+        assert old() is None
+    finally:
+        gc.enable()
+
+
+def test_memory_that_is_held_counts_as_free(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.generate([13, 2, 8], batch=3)
+    nothing = Memory(total=2**34, free=0)
+    monkeypatch.setattr("lpd_export.runtime.pipeline.read_memory", lambda: nothing)
+    pipeline.generate([13, 2, 8], batch=3)
+    with pytest.raises(UserError, match="smaller batch"):
+        pipeline.generate([0] * 40, batch=40)
+
+
+def test_images_of_a_stream_stay_theirs_when_others_are_made_between(pipeline: Pipeline) -> None:
+    images = pipeline.stream({0: 13, 1: 2}, seed=0, sampling=pipeline.sampling(), batch=2)
+    next(images)
+    pipeline.generate([5, 6], seed=9, batch=2)
+    second = next(images)
+    expected = pipeline.generate([13, 2], seed=0, batch=2)[1]
+    np.testing.assert_array_equal(second.token_ids, expected.token_ids)
+
+
+def test_teacher_forcing_follows_the_images_own_schedule(pipeline: Pipeline) -> None:
+    """Greedy tokens are the most probable ones of the logits that they were drawn from."""
+    schedule = Schedule.make(16, steps=8, kind="random", count=2)
+    images = pipeline.generate([13], cfg=1.0, top_k=1, schedule=schedule)
+    order = schedule.orders[images[0].order_index]
+    drawn = pipeline.teacher_forced_logits(images).argmax(dim=-1)[0].numpy()
+    np.testing.assert_array_equal(drawn, images[0].token_ids[order])
+    with pytest.raises(UserError, match="each alone"):
+        pipeline.teacher_forced_logits([*images, *pipeline.generate([13], cfg=1.0, top_k=1)])
 
 
 def test_progress_tells_each_step_of_each_batch(pipeline: Pipeline) -> None:
