@@ -79,7 +79,8 @@ def test_what_a_build_settles_by_itself(small_bundle: Path, small_weights: Path)
 
 
 def test_a_build_leaves_the_bundle_alone(small_bundle: Path) -> None:
-    assert [path.name for path in small_bundle.parent.iterdir()] == ["small"]
+    # What a build works with lies hidden beside its bundle, where the tests' shared files are too.
+    assert list(small_bundle.parent.glob(f".{small_bundle.name}.*")) == []
     assert sorted(path.name for path in small_bundle.iterdir()) == [
         MANIFEST,
         "onnx",
