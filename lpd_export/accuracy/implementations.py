@@ -31,6 +31,7 @@ from lpd_export.errors import GraphError
 from lpd_export.graphs.contract import cache_names
 from lpd_export.images import to_uint8
 from lpd_export.progress import Report
+from lpd_export.runtime.executor import Run
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.sampler import Sampling, guide
 from lpd_export.schedule.schedule import Phase, Schedule, phase_table
@@ -453,22 +454,30 @@ class BundleImplementation:
             logits = torch.zeros(shape, dtype=torch.float32, device=executor.device)
             caches = cache_names("past", dimensions.depth)
             present = {name.replace("past", "present", 1): tensors[name] for name in caches}
-            self._run(phase.name, {**tensors, "logits": logits} | present)
+            launched = self._run(phase.name, {**tensors, "logits": logits} | present)
             guided = guide(logits, scale.to(executor.device)) if scale is not None else logits
             outputs = {"logits": logits, "guided_logits": guided} | present
-            return OrderedDict(
+            copied = OrderedDict(
                 (name, values.float().cpu().numpy()) for name, values in outputs.items()
             )
+            del launched  # copying has waited for the graph, which needs its context until then
+            return copied
 
-    def _run(self, phase: str, tensors: Mapping[str, Tensor]) -> None:
-        """Runs the decode graph in place; where it cannot be run, what it writes is NaN."""
+    def _run(self, phase: str, tensors: Mapping[str, Tensor]) -> Run | None:
+        """Runs the decode graph in place; where it cannot be run, what it writes is NaN.
+
+        Returns what was launched: on a GPU it must live until the graph has run.
+        """
+        run = None
         try:
-            self.pipeline.executor.bind("decode", tensors)()
+            run = self.pipeline.executor.bind("decode", tensors)
+            run()
         except GraphError as error:
             self._tell(phase, error)
             for name, tensor in tensors.items():
                 if name == "logits" or name.startswith("present_"):
                     tensor.fill_(torch.nan)
+        return run
 
     def _tell(self, phase: str, error: GraphError) -> None:
         phases = self.faults.setdefault(str(error), [])

@@ -373,10 +373,12 @@ def builder_config(
         pairs = [value.split(".") for value in options.compute_capabilities]
         settings["compute_capabilities"] = [(int(major), int(minor)) for major, minor in pairs]
 
-    def compute_fp32_in_fp32(builder: Any, network: Any, config: Any) -> None:
+    def set_flags(builder: Any, network: Any, config: Any) -> None:
         config.clear_flag(trt.BuilderFlag.TF32)  # as Polygraphy does for TensorRT
+        # An engine that allocates by itself cannot be captured into a CUDA graph.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
-    return PostprocessConfig(CreateConfigRTX(**settings), compute_fp32_in_fp32)
+    return PostprocessConfig(CreateConfigRTX(**settings), set_flags)
 
 
 def _read_inputs(path: Path) -> dict[str, tuple[int, list[int | str]]]:

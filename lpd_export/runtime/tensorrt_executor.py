@@ -198,6 +198,11 @@ class TensorRTExecutor:
                 graph, stream=self._side_stream, capture_error_mode="thread_local"
             ):
                 work()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the GPU has too little free memory to record the generation as a CUDA graph: use "
+                "a smaller --batch, or end what else runs on it"
+            ) from error
         except (RuntimeError, UserError) as error:
             # Ending a capture that something broke raises an error of its own, after the cause.
             self._fall_back(first_line(error.__context__ or error))
@@ -222,9 +227,19 @@ class TensorRTExecutor:
         if self._cache is None or self._runtime_cache_file is None:
             return
         try:
-            write_atomically(self._runtime_cache_file, bytes(self._cache.serialize()))
-        except UserError as error:
+            save_kernels(self._runtime_cache_file, bytes(self._cache.serialize()))
+        except (OSError, UserError) as error:
             warnings.warn(f"the next start is not faster: {error}", RuntimeWarning, stacklevel=3)
+
+
+def save_kernels(path: Path, kernels: bytes) -> None:
+    """Writes compiled kernels whole; makes the folder, which a new user does not have.
+
+    Raises:
+        UserError, OSError: if they cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, kernels)
 
 
 def _replay(
@@ -306,7 +321,11 @@ class Binding:
         ):
             raise UserError(f"the {self.graph} engine cannot be set up: {self._reason()}")
         self._context, self._config = context, config
-        return context.update_device_memory_size_for_shapes()
+        needed = context.update_device_memory_size_for_shapes()
+        # 0 is TensorRT's answer to an error too, and then its log says what it was.
+        if needed == 0 and (said := self._executor.logger.take()):
+            raise UserError(f"the {self.graph} engine cannot be set up: {explain(said)}")
+        return needed
 
     def use(self, memory: Tensor) -> None:
         """Gives the context the buffer to work in."""

@@ -383,6 +383,8 @@ def test_options_reach_the_builder(wide: Path) -> None:
     plain = config(RTX)
     wanted = (flags.STRIP_PLAN, flags.VERSION_COMPATIBLE, flags.TF32, flags.REFIT)
     assert not any(plain.get_flag(flag) for flag in wanted)
+    # Without it TensorRT-RTX's documentation promises no capture into a CUDA graph.
+    assert plain.get_flag(flags.REQUIRE_USER_ALLOCATION)
     assert plain.num_compute_capabilities == 0
     set_up = config(
         EngineOptions(

@@ -408,6 +408,14 @@ def test_a_truncated_engine_is_told(
         deserialize(trt, open_runtime(trt, logger), logger, path, "this GPU")
 
 
+def test_kernels_are_kept_where_there_is_no_folder_yet(tmp_path: Path) -> None:
+    """Compiling them needs a GPU; writing what was compiled does not."""
+    path = tmp_path / "cache" / "lpd-export" / "kernels.bin"
+    tensorrt_executor.save_kernels(path, b"kernels")
+    assert path.read_bytes() == b"kernels"
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_file_that_is_no_engine_is_told(trt: Any, tmp_path: Path) -> None:
     logger = make_logger(trt)
     path = tmp_path / "decode.engine"
