@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, Self
 
 from pydantic import (
     ConfigDict,
@@ -72,9 +72,7 @@ class RunRequest:
 
     @model_validator(mode="wrap")
     @classmethod
-    def _told_in_a_sentence(
-        cls, values: Any, handler: ModelWrapValidatorHandler[RunRequest]
-    ) -> RunRequest:
+    def _told_in_a_sentence(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(values)
         except ValidationError as error:
