@@ -147,6 +147,8 @@ class Pipeline:
         Raises:
             UserError: if an argument is out of range or a class unknown.
         """
+        if isinstance(classes, str):
+            raise UserError(f"classes must be a list, but it is one name: give [{classes!r}]")
         labels = resolve_classes(
             classes, self.manifest.class_names, self.manifest.model.num_classes
         )
@@ -183,6 +185,8 @@ class Pipeline:
             UserError: before the first image, if an argument is out of range.
         """
         self.check_batch(batch)
+        if not isinstance(seed, int | np.integer):
+            raise UserError(f"the seed must be a whole number, but it is {seed!r}")
         if not 0 <= seed < 2**64:
             raise UserError(f"the seed must be from 0 to 2^64 - 1, but it is {seed}")
         chosen = self.choose_schedule(schedule)

@@ -482,6 +482,8 @@ def test_another_schedule_is_followed(pipeline: Pipeline, tmp_path: Path) -> Non
         ({"classes": ["hart"]}, "did you mean 'heart'"),
         ({"classes": [15]}, "0 to 14"),
         ({"classes": [0], "batch": 0}, "batch size must be at least 1"),
+        ({"classes": "heart"}, "one name"),
+        ({"classes": [0], "seed": "1"}, "whole number"),
         ({"classes": [0], "seed": -1}, "seed"),
         ({"classes": [0], "seed": 2**64}, "seed"),
         ({"classes": [0], "top_p": 2.0}, "top-p"),
