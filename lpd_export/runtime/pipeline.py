@@ -137,7 +137,8 @@ class Pipeline:
 
         Args:
             classes: one for each image.
-            seed: the same seed gives the same images, whatever the batch size.
+            seed: the same seed gives an image the same order and random numbers, whatever the
+                batch size; where kernels round otherwise in another batch, tokens may differ.
             cfg: guidance scale; by default the one recommended for the model.
             batch: how many images are generated together.
             schedule: instead of the bundle's: a schedule or the file of one.

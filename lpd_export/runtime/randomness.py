@@ -1,6 +1,7 @@
 """The random numbers of an image, a function of (seed, image index) alone.
 
-The same seed gives the same image whatever the batch size, the worker, the backend or a restart.
+They are the same whatever the batch size, the worker, the backend or a restart; what a backend's
+rounding makes of them is not this module's to promise.
 """
 
 from __future__ import annotations

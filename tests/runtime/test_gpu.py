@@ -145,7 +145,7 @@ def test_a_trace_ends_in_the_image(bundle: Path) -> None:
         assert blank[0] > blank[1] > blank[2] > 0
 
 
-def test_the_same_seed_gives_the_same_image_whatever_the_batch(bundle: Path) -> None:
+def test_the_same_seed_gives_nearly_the_same_tokens_whatever_the_batch(bundle: Path) -> None:
     pipeline = Pipeline.open(bundle)
     alone = pipeline.generate(CLASSES, seed=3, batch=1)
     for batch in (2, 4):
