@@ -2,8 +2,9 @@
 
 TensorRT is strongly typed, so precision is what the graph says: weights, activations, inputs and
 caches take the compute type. What is delicate stays in FP32: statistics of the normalizations
-(their `stash_type`), softmax (inside fused attention, or between casts), and the logits that
-guidance and sampling work on. Does not know which values are too large for a type, beyond saying
+(their `stash_type`), the softmax of attention that is not fused (between casts), and the logits
+that guidance and sampling work on. Fused attention is the backend's: in FP16 it may sum its
+products and its softmax in FP16. Does not know which values are too large for a type, beyond saying
 so when it is told the ranges.
 """
 
@@ -27,6 +28,8 @@ COMPUTE_TYPES = {
 }
 LARGEST = {"fp16": float(np.finfo(np.float16).max), "bf16": float(ml_dtypes.finfo("bfloat16").max)}
 """The largest finite number of each type."""
+HEADROOM = 2
+"""How much larger than measured a value may become: only some images were measured."""
 NUMPY_TYPES = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 WIDEST_FUSED_HEAD = 256
 """Wider heads, as the tokenizer's, have no fused attention: their softmax is spelled out."""
@@ -133,7 +136,7 @@ def _output_in_float(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def check_ranges(ranges: Mapping[str, Mapping[str, float]], precision: str) -> None:
-    """Refuses a precision in which some value would become infinite.
+    """Refuses a precision in which some value comes within HEADROOM of becoming infinite.
 
     Args:
         ranges: the largest magnitude of each value by name, for each graph, computed in FP32.
@@ -147,7 +150,7 @@ def check_ranges(ranges: Mapping[str, Mapping[str, float]], precision: str) -> N
         (magnitude, graph, name)
         for graph, values in ranges.items()
         for name, magnitude in values.items()
-        if not magnitude <= limit
+        if not HEADROOM * magnitude <= limit
     ]
     if not too_large:
         return
@@ -157,5 +160,6 @@ def check_ranges(ranges: Mapping[str, Mapping[str, float]], precision: str) -> N
     instead = "bf16 or fp32" if precision == "fp16" else "fp32"
     raise UserError(
         f"{precision} cannot hold this model: {name} of {graph}.onnx reaches {magnitude:.4g}, the "
-        f"type ends at {limit:.5g}{others}; use --precision {instead}"
+        f"type ends at {limit:.5g}, and room for {HEADROOM} times as much is wanted, as other "
+        f"images may have larger values{others}; use --precision {instead}"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
+from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, Manifest
 from lpd_export.graphs import export
 from lpd_export.runtime.pipeline import WEIGHTS
 
@@ -33,8 +33,15 @@ def portable_files(bundle: Bundle, scratch: Path) -> tuple[dict[str, Path], str]
     """
     bundle.file(WEIGHTS)
     files = {graph: bundle.file(f"onnx/{graph}.onnx") for graph in GRAPH_NAMES}
-    bf16 = bundle.manifest.float_type == "bfloat16"
-    signed = bundle.manifest.precision == "int8" and bundle.manifest.backend != "onnxruntime"
+    return portable_graphs(files, bundle.manifest, scratch)
+
+
+def portable_graphs(
+    files: dict[str, Path], manifest: Manifest, scratch: Path
+) -> tuple[dict[str, Path], str]:
+    """As `portable_files`, of graphs that are no bundle yet: `files` by graph, as in `manifest`."""
+    bf16 = manifest.float_type == "bfloat16"
+    signed = manifest.precision == "int8" and manifest.backend != "onnxruntime"
     if not bf16 and not signed:
         return files, ""
     models = {graph: ir.load(file) for graph, file in files.items()}

@@ -78,15 +78,29 @@ def simulate_layer(
     return again.outputs[0], node.outputs[0]
 
 
+def representable(steps: NDArray[np.float64], float_type: ir.DataType) -> NDArray[Any]:
+    """Steps in a graph's float type, each the next number that is not smaller.
+
+    The nearest number may be a quarter smaller among FP16's smallest ones, or 0, and the largest
+    values would be cut off.
+    """
+    rounded = steps.astype(NUMPY_TYPES.get(float_type, np.float32))
+    above = np.nextafter(rounded, rounded.dtype.type(np.inf))
+    return np.where(rounded.astype(np.float64) < steps, above, rounded)
+
+
 def quantize_weight(
-    weight: NDArray[np.floating], axis: int
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Levels [like weight] and one scale for each channel along `axis`, by largest magnitude."""
-    weight = weight.astype(np.float32)
+    weight: NDArray[np.floating], axis: int, float_type: ir.DataType = ir.DataType.FLOAT
+) -> tuple[NDArray[np.int8], NDArray[Any]]:
+    """Levels [like weight] and the scale of each channel along `axis` [channels] in `float_type`.
+
+    Scales are by the largest magnitude; levels are of the scales as the graph has them.
+    """
+    weight = weight.astype(np.float64)
     others = tuple(i for i in range(weight.ndim) if i != axis)
     largest = np.abs(weight).max(axis=others, keepdims=True)
-    scale = (np.where(largest > 0, largest, 1) / LEVELS).astype(np.float32)
-    levels = np.clip(np.rint(weight / scale), -LEVELS, LEVELS).astype(np.int8)
+    scale = representable(np.where(largest > 0, largest, 1) / LEVELS, float_type)
+    levels = np.clip(np.rint(weight / scale.astype(np.float64)), -LEVELS, LEVELS).astype(np.int8)
     return levels, scale.reshape(-1)
 
 
@@ -144,7 +158,7 @@ def _quantized(
     """An activation as its nearest levels."""
     # The step is part of the name: one activation may be tried with several.
     stem = f"{before.name}/activation/{scale:.6g}"
-    step = _constant(graph, f"{stem}_scale", _as_type(np.float32(scale), float_type), float_type)
+    step = _constant(graph, f"{stem}_scale", representable(np.array(scale), float_type), float_type)
     level_type = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
     middle = np.uint8(128) if unsigned else np.int8(0)
     zero = _constant(graph, f"{stem}_zero_point", np.asarray(middle), level_type)
@@ -179,9 +193,9 @@ def _dequantized_weight(
     assert weight.const_value is not None
     assert weight.dtype is not None
     axis = OUTPUT_AXIS[operator]
-    levels, scales = quantize_weight(weight.const_value.numpy(), axis)
+    levels, scales = quantize_weight(weight.const_value.numpy(), axis, weight.dtype)
     stored = _constant(graph, f"{weight.name}/levels", levels, ir.DataType.INT8)
-    steps = _constant(graph, f"{weight.name}/scales", _as_type(scales, weight.dtype), weight.dtype)
+    steps = _constant(graph, f"{weight.name}/scales", scales, weight.dtype)
     zero = _constant(
         graph, f"{weight.name}/zero_points", np.zeros(len(scales), np.int8), ir.DataType.INT8
     )
@@ -195,10 +209,6 @@ def _dequantized_weight(
     back.outputs[0].dtype, back.outputs[0].shape = weight.dtype, weight.shape
     graph.insert_before(before, back)
     return back.outputs[0]
-
-
-def _as_type(values: NDArray[np.float32] | np.float32, float_type: ir.DataType) -> NDArray[Any]:
-    return np.asarray(values).astype(NUMPY_TYPES.get(float_type, np.float32))
 
 
 def _constant(

@@ -17,18 +17,39 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime
 
 from lpd_export import __version__
 from lpd_export.bundle.manifest import GRAPH_NAMES, CalibrationRecord, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256, write_atomically
 from lpd_export.graphs import export
-from lpd_export.precision.calibration import Calibration, Calibrator, calibration_images
+from lpd_export.precision import calibration as calibration_module
+from lpd_export.precision import quantization
+from lpd_export.precision.calibration import (
+    BATCH,
+    SEED,
+    Calibration,
+    Calibrator,
+    calibration_images,
+)
 from lpd_export.precision.casting import check_ranges, lower
-from lpd_export.precision.quantization import quantize
+from lpd_export.precision.quantization import CLIPPING, LEVELS, quantize
 from lpd_export.precision.sensitivity import Chooser
 from lpd_export.progress import Report
+from lpd_export.runtime import generator, onnxruntime_executor, pipeline, randomness, sampler
 from lpd_export.schedule.schedule import Schedule
+
+MEASURING = (
+    calibration_module,
+    quantization,
+    generator,
+    onnxruntime_executor,
+    pipeline,
+    randomness,
+    sampler,
+)
+"""The modules whose text decides what is measured."""
 
 
 def compute_precision(precision: str, backend: str) -> str:
@@ -145,6 +166,9 @@ def _content_key(exact: Path, manifest: Manifest, schedule: Schedule, with_layer
     """What the measurements depend on."""
     parts = [
         __version__,
+        onnxruntime.__version__,
+        *(sha256(Path(str(module.__file__))) for module in MEASURING),
+        (SEED, BATCH, CLIPPING, LEVELS),
         with_layers,
         calibration_images(manifest.resolution),
         manifest.cfg,

@@ -20,6 +20,7 @@ from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest, read_recipe
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.graphs import export
+from lpd_export.precision import quantization, writer
 from lpd_export.precision.calibration import (
     Calibration,
     Calibrator,
@@ -165,11 +166,13 @@ def test_largest_magnitudes_are_the_largest_magnitudes(tmp_path: Path) -> None:
 
 
 def test_overflow_is_refused_and_named() -> None:
-    ranges = {"decode": {"a": 10.0, "blocks.3.fc1/MatMul": 70000.0}, "detokenize": {"b": 65504.0}}
+    ranges = {"decode": {"a": 10.0, "blocks.3.fc1/MatMul": 70000.0}, "detokenize": {"b": 32752.0}}
     with pytest.raises(UserError, match=r"blocks\.3\.fc1/MatMul of decode\.onnx reaches 7e\+04"):
         check_ranges(ranges, "fp16")
     check_ranges(ranges, "bf16")
-    check_ranges({"decode": {"a": LARGEST["fp16"]}}, "fp16")
+    check_ranges({"decode": {"a": LARGEST["fp16"] / 2}}, "fp16")
+    with pytest.raises(UserError, match="room for 2 times as much is wanted"):
+        check_ranges({"decode": {"a": 32753.0}}, "fp16")
     for bad in (math.inf, math.nan):
         with pytest.raises(UserError, match="a of decode"):
             check_ranges({"decode": {"a": bad}}, "bf16")
@@ -206,6 +209,35 @@ def test_quantized_weights_are_within_half_a_step(
     assert np.abs(levels.astype(int)).max() <= LEVELS
     steps = scales.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
     assert (np.abs(levels * steps - weight) <= steps * 0.5001).all()
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e-3, 1e-5, 3e-6])
+def test_levels_are_of_the_scale_as_the_graph_has_it(largest: float) -> None:
+    """FP16 has few numbers as small as the scales of small channels, and cuts nothing off."""
+    weight = np.linspace(-largest, largest, 24, dtype=np.float16).reshape(12, 2)
+    value = ir.Value(
+        name="w",
+        const_value=ir.tensor(weight, name="w"),
+        type=ir.TensorType(ir.DataType.FLOAT16),
+        shape=ir.Shape(weight.shape),
+    )
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([3, 12]))
+    node = ir.node("MatMul", [x, value], name="layer/MatMul")
+    graph = ir.Graph(
+        [x], node.outputs, nodes=[node], initializers=[value], opset_imports={"": 24}, name="test"
+    )
+    quantize(ir.Model(graph, ir_version=10), {"layer/MatMul": largest})
+    stored = {
+        name: entry.const_value.numpy().astype(np.float64)
+        for name, entry in graph.initializers.items()
+        if entry.const_value is not None
+    }
+    scales = stored["w/scales"]
+    assert (scales > 0).all()
+    error = np.abs(stored["w/levels"] * scales - weight)
+    assert (error <= scales * 0.5001).all()
+    (step,) = (content for name, content in stored.items() if name.endswith("_scale"))
+    assert step * LEVELS >= largest
 
 
 def test_a_quantized_product_is_what_integers_give(tmp_path: Path) -> None:
@@ -349,6 +381,31 @@ def test_measurements_are_kept_by_content(
     told.clear()
     build(other, report=told.append)
     assert any(line.startswith("measuring the range") for line in told)
+
+
+@pytest.mark.parametrize(
+    "what", ["SEED", "BATCH", "CLIPPING", "onnxruntime", "the text of a module"]
+)
+def test_what_changes_measurements_changes_where_they_are_kept(
+    emoji_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    bundle = Bundle.open(emoji_bundle)
+
+    def key() -> str:
+        schedule = bundle.schedule()
+        return writer._content_key(emoji_bundle / "onnx", bundle.manifest, schedule, True)
+
+    before = key()
+    assert key() == before
+    if what == "onnxruntime":
+        monkeypatch.setattr(onnxruntime, "__version__", "another")
+    elif what == "the text of a module":
+        changed = tmp_path / "quantization.py"
+        changed.write_text(Path(str(quantization.__file__)).read_text() + "# changed\n")
+        monkeypatch.setattr(quantization, "__file__", str(changed))
+    else:
+        monkeypatch.setattr(writer, what, {"SEED": 1, "BATCH": 4, "CLIPPING": (1.0,)}[what])
+    assert key() != before
 
 
 def test_a_calibration_survives_its_file(own_cache: Path, emoji_int8_bundle: Path) -> None:
