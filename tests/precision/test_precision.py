@@ -15,10 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lpd_export.build.build
 from lpd_export import Pipeline, UserError
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest, read_recipe
-from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
+from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, CalibrationRecord
 from lpd_export.graphs import export
 from lpd_export.precision import quantization, writer
 from lpd_export.precision.calibration import (
@@ -39,6 +40,7 @@ from lpd_export.precision.quantization import (
     step_of,
 )
 from lpd_export.precision.sensitivity import TARGETS, Chooser, mean_kl
+from lpd_export.progress import Report
 
 ROOT = Path(__file__).parents[2]
 COMPUTE = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
@@ -193,6 +195,33 @@ def test_a_model_that_overflows_fp16_is_not_built(small_weights: Path, tmp_path:
     with pytest.raises(UserError, match=r"fp16 cannot hold this model: blocks\.1"):
         build(request)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.pth"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_what_no_cpu_runs_is_compared_before_it_is_compiled(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+    class Damaging(writer.PrecisionWriter):
+        def write(self, out: Path, report: Report) -> CalibrationRecord:
+            decided = super().write(out, report)
+            weights = out / "weights.data"
+            weights.write_bytes(weights.read_bytes()[::-1])
+            return decided
+
+    monkeypatch.setattr(lpd_export.build.build, "PrecisionWriter", Damaging)
+    request = BuildRequest(
+        checkpoint=str(small_weights / "lpd.pth"),
+        tokenizer=str(small_weights / "vq.pt"),
+        steps=4,
+        out=str(tmp_path / "out"),
+        precision=precision,
+        backend="tensorrt-rtx",
+    )
+    with pytest.raises(UserError, match="the bundle was not written"):
+        build(request)
+    assert not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------------- int8
