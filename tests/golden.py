@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lpd_export.graphs import contract
+from lpd_export.schedule.schedule import attention_mask, phase_table
 from lpd_reference.checkpoint import fill, lpd_config, vq_config
 from lpd_reference.lpd import LPD
 from lpd_reference.vq import VQTokenizer
@@ -21,6 +23,7 @@ from lpd_reference.vq import VQTokenizer
 DATA = Path(__file__).parent / "data"
 LPD_NAMES = ("lpd_grid4", "lpd_grid8")
 VQ_NAMES = ("vq_f4", "vq_f16")
+MASKED = float(torch.finfo(torch.float32).min)
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,23 @@ def tokenizer(golden: Golden) -> VQTokenizer:
         model = VQTokenizer(vq_config(golden.state))
     fill(model, golden.state, frozenset({"quantize.codebook_used"}), "a VQ tokenizer")
     return model
+
+
+def step_inputs(model: LPD, sizes: list[int], rows: int, number: int) -> dict[str, Tensor]:
+    """Random but valid inputs of one phase, by name; caches hold random rows where read."""
+    config = model.config
+    phase = phase_table(sizes)[number]
+    generator = torch.Generator().manual_seed(number)
+    vocabulary = config.vocab_size + config.num_classes + 1
+    shape = (rows, config.heads, config.cells + 1, config.head_dim)
+    caches = {
+        name: torch.randn(shape, generator=generator)
+        for name in contract.cache_names("past", config.depth)
+    }
+    return {
+        "token_ids": torch.randint(vocabulary, (rows, phase.context), generator=generator),
+        "positions": torch.randint(config.cells + 1, (rows, phase.tokens), generator=generator),
+        "attention_mask": torch.from_numpy(attention_mask(phase, config.cells, MASKED)),
+        "write_index": torch.full((rows,), phase.write_index),
+        **caches,
+    }

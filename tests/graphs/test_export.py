@@ -56,26 +56,6 @@ def open_graph(path: Path) -> onnx.ModelProto:
     return onnx.load(path, load_external_data=False)
 
 
-def step_inputs(model: LPD, sizes: list[int], rows: int, number: int) -> dict[str, Tensor]:
-    """Random but valid inputs of one phase, by name; caches hold random rows where read."""
-    config = model.config
-    phase = phase_table(sizes)[number]
-    generator = torch.Generator().manual_seed(number)
-    vocabulary = config.vocab_size + config.num_classes + 1
-    shape = (rows, config.heads, config.cells + 1, config.head_dim)
-    caches = {
-        name: torch.randn(shape, generator=generator)
-        for name in contract.cache_names("past", config.depth)
-    }
-    return {
-        "token_ids": torch.randint(vocabulary, (rows, phase.context), generator=generator),
-        "positions": torch.randint(config.cells + 1, (rows, phase.tokens), generator=generator),
-        "attention_mask": torch.from_numpy(attention_mask(phase, config.cells, MASKED)),
-        "write_index": torch.full((rows,), phase.write_index),
-        **caches,
-    }
-
-
 def run_onnx(path: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -254,7 +234,7 @@ def test_each_static_phase_equals_the_dynamic_graph_on_its_own(
     vectors, model = lpd_golden
     sizes = vectors.config["group_sizes"]
     for number in range(len(sizes)):
-        inputs = step_inputs(model, sizes, rows=2, number=number)
+        inputs = golden.step_inputs(model, sizes, rows=2, number=number)
         path = exported / f"phase_{number:02d}.onnx"
         for name, shape in export.load_shapes(path).items():
             assert all(isinstance(axis, int) and axis > 0 for axis in shape), name

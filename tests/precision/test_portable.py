@@ -15,9 +15,9 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_export import step_inputs
 
 import damage
+import golden
 import lpd_export.build.build
 from commandline import answer, entries
 from lpd_export.accuracy.comparison import relative_error
@@ -234,7 +234,9 @@ def portable_bf16(bf16: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dic
 def decode_inputs(weights: Path, number: int = 2) -> Arrays:
     model = load_lpd(weights / "lpd.pth", grid=4, heads=2)
     sizes = Schedule.make(4, 4, count=1).group_sizes.tolist()
-    return {name: tensor.numpy() for name, tensor in step_inputs(model, sizes, 2, number).items()}
+    return {
+        name: tensor.numpy() for name, tensor in golden.step_inputs(model, sizes, 2, number).items()
+    }
 
 
 def graph_inputs(graph: str, weights: Path) -> Arrays:
