@@ -1055,7 +1055,7 @@ def test_random_weights_are_drawn_again(small_bundle: Path, tmp_path: Path) -> N
         ("--seed 18446744073709551616", "--seed must be from 0 to 2^64 - 1, but it is 1844674407"),
         ("--threads 0", "--threads must be at least 1, but it is 0"),
         ("--threads 100000", "--threads 100000 is more than this machine takes"),
-        ("--device tpu", "'tpu' is not one of 'cpu', 'cuda'"),
+        ("--device tpu", "'tpu' is not cpu, cuda, or a GPU by its number such as cuda:1"),
         ("--device cuda --onnx", "--onnx runs the graphs on the CPU: it does not go with --device"),
         ("--save-phases phase_04", "there is no phase 'phase_04'; there are phase_00 to phase_03"),
         ("--save-phases phase_00,", "there is no phase ''"),

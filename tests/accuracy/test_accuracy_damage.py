@@ -257,7 +257,7 @@ def test_nothing_is_compared_with_a_bundle_that_draws_nothing(
 ) -> None:
     for name, what, cause in (
         ("failing", breaks_at_run("detokenize"), "onnx/detokenize.onnx: "),
-        ("broken", damage.not_a_number, "the logits of step 0 are NaN or infinite"),
+        ("broken", damage.not_a_number, "the logits of step 1 are NaN or infinite"),
     ):
         bad = damage.damaged(bundles("fp32"), tmp_path / name, what)
         command = ["verify", bundles("fp32"), "--against", bad, "--images", 1]
@@ -387,7 +387,7 @@ def test_a_wrong_mask_wherever_it_is_used(
 def test_guidance_applied_twice(
     bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtime.generator", "pipeline", "accuracy.implementations"):
+    for module in ("runtime.generator", "runtime.pipeline", "accuracy.implementations"):
         monkeypatch.setattr(f"lpd_export.{module}.guide", guide_twice)
     found = verified(bundles("fp32"), tmp_path / "report")
     # Linear guidance is 1 for the first cell, the only one of phase_00: twice is once.
@@ -405,8 +405,8 @@ def test_guidance_applied_twice(
         ("int8", "runtime.generator.guide", guide_twice),
         ("fp32", "runtime.generator.sample", sample_in_reverse),
         ("int8", "runtime.generator.sample", sample_in_reverse),
-        ("fp32", "pipeline.image_randomness", next_order),
-        ("int8", "pipeline.image_randomness", next_order),
+        ("fp32", "runtime.pipeline.image_randomness", next_order),
+        ("int8", "runtime.pipeline.image_randomness", next_order),
     ],
 )
 def test_a_fault_of_the_loop_is_no_rounding(
