@@ -327,7 +327,10 @@ def test_the_pager_is_for_what_does_not_fit(small_bundle: Path, tmp_path: Path) 
     pager = tmp_path / "pager"
     pager.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\ncat\n")
     pager.chmod(0o755)
-    environment = {**os.environ, "PAGER": str(pager), "TERM": "xterm"}
+    # What tells of a terminal or its lack comes from the terminal that is made here alone.
+    hints = ("CI", "LINES", "COLUMNS")
+    environment = {name: value for name, value in os.environ.items() if name not in hints}
+    environment |= {"PAGER": str(pager), "TERM": "xterm"}
     for lines, called in ((40, False), (3, True)):
         terminal, other = pty.openpty()
         termios.tcsetwinsize(other, (lines, 80))
