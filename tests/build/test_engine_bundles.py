@@ -81,7 +81,7 @@ def build_demo(out: Path, **settings: object) -> Bundle:
     In 8 steps rather than 20, to have fewer static phases. Of the encoder nothing is spared:
     rounding decides whether half of its layers just meet its measurement, or none do.
     """
-    kept = out.parent / "keep_layers.json"
+    kept = out.parent.with_name(f"{out.parent.name}-keep_layers.json")
     kept.write_text('{"tokenize": []}')
     settings = {
         "steps": 8,
@@ -410,7 +410,7 @@ def test_an_engine_does_not_run_without_a_gpu(
     bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = bundles("fp16").path
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     said = mistake("run", bundle, "--class", 0, "--out", tmp_path / "a/b")
     assert said.startswith("TensorRT needs an NVIDIA GPU, but torch cannot use cuda here (")
     assert "or use a bundle built with --backend onnxruntime" in said
