@@ -40,10 +40,10 @@ OPTIMIZATION_LEVELS = range(6)
 PROFILE_SPREAD = 8
 """A decode profile's longest phase has at most this many times the tokens of its shortest.
 
-That is 2 profiles for the published schedules. Each adds its own kernels to the engine, 6 MB in
-fp16 and 20 MB in int8 for lpd-l, and seconds to the build: one a phase takes 107 s and 800 MB, one
-for all 5 s and 680 MB. All are fused into the same layers; but one profile would tune the prefill
-of 2 tokens as if it had 40.
+That is 2 groups for the published schedules. Each profile adds its own kernels to the engine, 6 MB
+in fp16 and 20 MB in int8 for lpd-l, and seconds to the build: one a phase takes 107 s and 800 MB,
+one for all 5 s and 680 MB. All are fused into the same layers; but one profile would tune the
+prefill of 2 tokens as if it had 40.
 """
 
 
@@ -66,14 +66,16 @@ Profile = Mapping[str, AxisRange]
 def decode_profiles(phases: Sequence[Phase], max_batch: int) -> tuple[Profile, ...]:
     """The profiles of decode.onnx: together every phase at every batch, guidance on or off.
 
-    Phases of a similar number of tokens share one, see PROFILE_SPREAD. Each end of a profile, and
-    what it is tuned for, is itself a possible shape: more tokens than context.
+    Phases of a similar number of tokens are a group, see PROFILE_SPREAD. A group has a profile
+    tuned for one image with guidance, the most frequent run, and one for the largest batch. Each
+    end of a profile, and what it is tuned for, is itself a possible shape: its tokens are more
+    than its context.
 
     Args:
         phases: the phase table; any group sizes, in any order.
         max_batch: images, at most; each has one row, or two with guidance.
     """
-    rows = AxisRange(1, 2 * max_batch, 2 * max_batch)
+    batches = _batches(2, max_batch)
     left = sorted(phases, key=lambda phase: (phase.tokens, phase.context))
     profiles: list[Profile] = []
     while left:
@@ -83,15 +85,22 @@ def decode_profiles(phases: Sequence[Phase], max_batch: int) -> tuple[Profile, .
         contexts = [phase.context for phase in group]
         context = AxisRange(min(contexts), longest.context, max(contexts))
         tokens = AxisRange(group[0].tokens, longest.tokens, longest.tokens)
-        profiles.append(
+        profiles += (
             {contract.ROWS: rows, contract.CONTEXT_TOKENS: context, contract.TOKENS: tokens}
+            for rows in batches
         )
     return tuple(profiles)
 
 
+def _batches(rows: int, max_batch: int) -> list[AxisRange]:
+    """One image of up to `rows` rows, and all that is more, tuned for the largest batch."""
+    one, most = AxisRange(1, rows, rows), max_batch * rows
+    return [one] if max_batch == 1 else [one, AxisRange(rows + 1, most, most)]
+
+
 def tokenizer_profiles(max_batch: int) -> tuple[Profile, ...]:
-    """The one profile of detokenize.onnx and tokenize.onnx: 1 to `max_batch` images."""
-    return ({contract.BATCH: AxisRange(1, max_batch, max_batch)},)
+    """The profiles of detokenize.onnx and tokenize.onnx: one image, and 2 to `max_batch`."""
+    return tuple({contract.BATCH: images} for images in _batches(1, max_batch))
 
 
 # ------------------------------------------------------------------------------------ options
@@ -110,8 +119,10 @@ class EngineOptions:
         timing_cache: a file of kernel timings, used and added to (tensorrt).
         version_compatible: an engine for later TensorRT versions too (tensorrt).
         hardware_compatible: an engine for every GPU from Ampere on (tensorrt).
-        compute_capabilities: the GPUs to compile for, as "8.9"; none is Ampere and later
-            (tensorrt-rtx).
+        compute_capabilities: the GPUs to compile for, as "8.9" (tensorrt-rtx). By default none is
+            named: TensorRT-RTX then compiles for Ampere and later in one. Naming 8.6, 8.9 and 12.0
+            gives the same layers; 8.9 and 12.0 alone spare transposes of caches, but leave out
+            the GPUs of Ampere.
         weight_stripped: an engine without weights, to be refitted from its ONNX file.
 
     Raises:
@@ -213,8 +224,9 @@ class EngineReport:
         decomposable_attentions: those of them that may fall apart into unfused kernels.
         fused_kernels: names of fused attention kernels, one an attention and profile.
         cache_updates: caches that TensorRT updates in place.
-        copied_caches: caches that a layer of the engine reads as its input `past_...`; one that
-            is updated in place goes by the name of its output throughout.
+        copied_caches: caches, by the name `past_...` or `present_...`, that a layer reads whole
+            without being fused attention or their update in place: it writes a copy, for
+            attention to read. One that is updated in place is `present_...` throughout.
         network_layers, engine_layers: layers before and after fusion; the latter of all profiles.
         inputs, outputs: how many tensors go in and out.
         profiles: optimization profiles, 1 for a graph of static shapes.
@@ -546,17 +558,23 @@ def _read_log(path: Path) -> str:
 
 def _facts_of_log(log: str, inputs: Iterable[str]) -> dict[str, Any]:
     """What the builder's verbose log says of the engine's layers; see EngineReport."""
-    layer = r"^ *Name: (\S.*?), LayerType: \w+, Inputs: (.*?), Constants: "
+    layer = r"^ *Name: (\S.*?), LayerType: \w+, Inputs: (.*?), Constants: .*?, Outputs: (.*)"
     layers = re.findall(layer, log, re.MULTILINE)
+
+    def tensors(text: str) -> set[str]:
+        # In another profile than the first it is `past_key_0 [profile 1]`.
+        return set(re.findall(r"\{ Name: ([^ ,]+)", text))
+
+    copied: set[str] = set()
+    for name, read, written in layers:
+        if "mha" not in name:
+            copied |= tensors(read) - tensors(written)
+    caches = [name for name in inputs if contract.is_past(name)]
     return {
         "engine_layers": len(layers),
-        "fused_kernels": tuple(name for name, _ in layers if "mha" in name),
+        "fused_kernels": tuple(name for name, *_ in layers if "mha" in name),
         "copied_caches": tuple(
-            name
-            for name in inputs
-            if contract.is_past(name)
-            # In another profile than the first it is `past_key_0 [profile 1]`.
-            and any(re.search(rf"Name: {name}[, ]", read) for _, read in layers)
+            name for past in caches for name in (past, contract.present_of(past)) if name in copied
         ),
     }
 

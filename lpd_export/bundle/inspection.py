@@ -109,7 +109,8 @@ def engine_lines(manifest: Manifest) -> Iterator[str]:
         if engine["cache_updates"]:
             fused = engine["attentions"] - engine["decomposable_attentions"]
             yield (
-                f"  {'':10} {engine['cache_updates']} caches updated in place, {fused} of "
+                f"  {'':10} {engine['cache_updates']} caches updated in place, "
+                f"{len(engine['copied_caches'])} copied for attention, {fused} of "
                 f"{engine['attentions']} attentions fused"
             )
         tensors = ", ".join(f"{name} {shape}" for name, shape in engine["tensors"].items())

@@ -163,6 +163,7 @@ class EngineRecord(TypedDict):
     size: int
     engine_layers: int
     cache_updates: int
+    copied_caches: Sequence[str]
     attentions: int
     decomposable_attentions: int
     weight_stripped: bool

@@ -36,3 +36,8 @@ def is_past(name: str) -> bool:
 def is_present(name: str) -> bool:
     """Whether a tensor of decode is a cache that comes out."""
     return name.startswith(f"{PRESENT}_")
+
+
+def present_of(past: str) -> str:
+    """The name under which a cache that goes in comes out."""
+    return PRESENT + past.removeprefix(PAST)

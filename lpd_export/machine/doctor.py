@@ -182,7 +182,11 @@ TARGETS = (
         "",
         build=(_package("tensorrt_rtx"), _package("polygraphy")),  # no GPU takes part
         run=(_package("torch"), _package("tensorrt_rtx"), GPU_FOR_TORCH, RTX_GPU),
-        notes=SLOW_FP32,
+        notes=SLOW_FP32
+        | {
+            "int8": "its documentation names INT8 for weights alone: INT8 activations compile, how "
+            "fast they run is documented nowhere, so measure against fp16"
+        },
     ),
 )
 """All that is known of what needs what."""

@@ -198,14 +198,9 @@ class TensorRTExecutor:
                 graph, stream=self._side_stream, capture_error_mode="thread_local"
             ):
                 work()
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                "the GPU has too little free memory to record the generation as a CUDA graph: use "
-                "a smaller --batch, or end what else runs on it"
-            ) from error
         except (RuntimeError, UserError) as error:
-            # Ending a capture that something broke raises an error of its own, after the cause.
-            self._fall_back(first_line(error.__context__ or error))
+            cause = cause_of_failed_capture(error)
+            self._fall_back(first_line(cause))
             return work
         return partial(_replay, graph, (work, self._memory))
 
@@ -537,6 +532,22 @@ def explain(reason: str) -> str:
             return meaning
     line = reason.splitlines()[0] if reason else "TensorRT gives no reason"
     return f"{line}; build the bundle again"
+
+
+def cause_of_failed_capture(error: BaseException) -> BaseException:
+    """What broke a capture into a CUDA graph, for launching step by step to be the answer.
+
+    Raises:
+        UserError: if memory ran out, which launching step by step would not help.
+    """
+    # Ending a capture that something broke raises an error of its own, after the cause.
+    cause = error.__context__ or error
+    if any(isinstance(one, torch.OutOfMemoryError) for one in (error, cause)):
+        raise UserError(
+            "the GPU has too little free memory to record the generation as a CUDA graph: use a "
+            "smaller --batch, or end what else runs on it"
+        ) from error
+    return cause
 
 
 def first_line(error: BaseException) -> str:

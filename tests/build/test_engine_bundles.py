@@ -158,7 +158,8 @@ def test_attention_is_fused_and_every_cache_updated_in_place(
     report, depth = manifest.engines["decode"], manifest.model.depth
     assert report["attentions"] == depth
     assert report["cache_updates"] == 2 * depth
-    assert report["copied_caches"] == []
+    copied = {f"present_{kind}_{i}" for kind in ("key", "value") for i in range(depth)}
+    assert set(report["copied_caches"]) == copied
     fused = re.findall(
         r"^ *Name: (\w*gemm_mha\w*), LayerType", log_of(bundles(precision), "decode"), re.M
     )
@@ -241,7 +242,7 @@ def test_every_phase_file_compiles_alone(bundles: Bundles, precision: str, tmp_p
         unfused = depth if precision == "fp32" else 0
         assert (report.attentions, report.decomposable_attentions) == (depth, unfused)
         assert len(report.fused_kernels) == depth - unfused
-        assert (report.cache_updates, report.copied_caches) == (2 * depth, ())
+        assert report.cache_updates == len(report.copied_caches) == 2 * depth
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -367,13 +368,15 @@ def test_inspect_describes_the_engines(bundles: Bundles) -> None:
     )
     depth = manifest.model.depth
     assert lines[at + 1] == (
-        f"{2 * depth} caches updated in place, {depth} of {depth} attentions fused"
+        f"{2 * depth} caches updated in place, {2 * depth} copied for attention, "
+        f"{depth} of {depth} attentions fused"
     )
     assert "token_ids [rows, context_tokens], positions [rows, tokens]" in lines[at + 2]
     assert "attention_mask [tokens, 257], write_index [rows], logits [rows, " in lines[at + 2]
     for number, profile in enumerate(manifest.engines["decode"]["optimization_profiles"]):
         (least, best, most), line = profile["tokens"], lines[at + 3 + number]
-        assert line.startswith(f"profile {number}: rows 1 to 16 (best 16), context_tokens ")
+        rows = "3 to 16 (best 16)" if number % 2 else "1 to 2 (best 2)"
+        assert line.startswith(f"profile {number}: rows {rows}, context_tokens ")
         assert line.endswith(f"tokens {least} to {most} (best {best})")
     detokenize = next(line for line in lines if line.startswith("engine     detokenize: "))
     assert lines[lines.index(detokenize) + 1] == ("indices [batch, 256], image [batch, 3, 32, 32]")
@@ -477,7 +480,7 @@ def test_compute_capabilities_reach_the_engines(
     assert sizes[0] < sizes[1]
     said = answer("inspect", both.path).out
     assert said.count(f"tensorrt-rtx {tensorrt_rtx.__version__} for 8.9, 12.0, ") == 3
-    assert "rows 1 to 4 (best 4)" in said
+    assert "rows 3 to 4 (best 4)" in said
     assert both.manifest.max_batch == 2
 
 

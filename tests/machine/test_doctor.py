@@ -226,6 +226,12 @@ def test_compute_capabilities(name: str, capability: str, tensorrt: str, rtx: st
     assert found["tensorrt-rtx", "cuda"] == rtx
 
 
+def test_int8_for_rtx_comes_with_what_is_not_known_of_it() -> None:
+    notes = {(a.backend, a.precision): a.note for a in abilities(ADA) if a.device == "cuda"}
+    assert "documented nowhere" in (notes["tensorrt-rtx", "int8"] or "")
+    assert notes["tensorrt", "int8"] is None
+
+
 def test_a_gpu_that_is_too_old_or_not_for_rtx() -> None:
     (lack,) = lacks(with_gpu("Tesla T4", "7.5"), "tensorrt", "cuda", "bf16", "build")
     assert lack.startswith("the Tesla T4 has compute capability 7.5, and 8.0 is needed: use ")

@@ -416,6 +416,27 @@ def test_kernels_are_kept_where_there_is_no_folder_yet(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def failed_capture(broke: Exception) -> BaseException:
+    """As torch tells it: ending the capture fails too, and hides what broke it."""
+    try:
+        try:
+            raise broke
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        return error
+
+
+def test_memory_that_runs_out_in_a_capture_is_an_error() -> None:
+    """Without a GPU there is no capture: the errors are torch's own classes, raised as it does."""
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory")
+    for error in (out_of_memory, failed_capture(out_of_memory)):
+        with pytest.raises(UserError, match="too little free memory to record"):
+            tensorrt_executor.cause_of_failed_capture(error)
+    other = ValueError("an operation that no capture allows")
+    assert tensorrt_executor.cause_of_failed_capture(failed_capture(other)) is other
+
+
 def test_a_file_that_is_no_engine_is_told(trt: Any, tmp_path: Path) -> None:
     logger = make_logger(trt)
     path = tmp_path / "decode.engine"
