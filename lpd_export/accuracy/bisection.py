@@ -42,12 +42,17 @@ from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
 
 Element = TypeVar("Element")
-Judge = Callable[[str, Path], bool]
-"""From a graph's name and its trial file to whether every threshold of that graph holds."""
+Judge = Callable[[str, Path, bool], bool]
+"""From a graph's name, its trial file and whether all is compared to whether its thresholds hold.
+
+Not all is what takes little time: what fails there fails as a whole.
+"""
 
 
 def smallest_sufficient(
-    candidates: Sequence[Element], suffices: Callable[[frozenset[Element]], bool]
+    candidates: Sequence[Element],
+    suffices: Callable[[frozenset[Element]], bool],
+    decided: Callable[[int], None] = lambda count: None,
 ) -> frozenset[Element] | None:
     """A set of candidates that suffices and of which none can be left out.
 
@@ -58,6 +63,7 @@ def smallest_sufficient(
     Args:
         candidates: the ones to prefer first.
         suffices: whether a set does; asked once of each set.
+        decided: called with how many more candidates are known to be needed or not.
 
     Returns:
         The set, or None if not even all candidates suffice.
@@ -75,8 +81,10 @@ def smallest_sufficient(
         What is returned is known to be enough beside `given` too.
         """
         if enough(given):
+            decided(len(part))
             return frozenset()
         if len(part) == 1:
+            decided(1)
             return frozenset(part)
         first, second = part[: len(part) // 2], part[len(part) // 2 :]
         of_second = needed_of(second, given | frozenset(first))
@@ -122,29 +130,46 @@ class Bisector:
         noisiest = sorted(layers, key=lambda node: layers[node].noise, reverse=True)
         trials = 0
 
-        def holds(kept: frozenset[str]) -> bool:
+        def holds(kept: frozenset[str], whole: bool, left: int) -> bool:
             nonlocal trials
             trials += 1
             ranges = {n: m.activation_range for n, m in layers.items() if n not in kept}
-            held = self._try(graph, ranges)
+            held = self._try(graph, ranges, whole)
             self._report(
-                f"{graph}: {len(ranges)} of {len(layers)} layers in int8: "
+                f"{graph}, trial {trials}, {left} undecided: "
+                f"{len(ranges)} of {len(layers)} layers in int8: "
                 f"{'the thresholds hold' if held else 'a threshold fails'}"
+                f"{'' if whole else ' over whole sequences'}"
             )
             return held
 
-        kept = smallest_sufficient(noisiest, holds)
+        def find(whole: bool) -> frozenset[str] | None:
+            left = len(layers)
+
+            def decided(count: int) -> None:
+                nonlocal left
+                left -= count
+
+            return smallest_sufficient(noisiest, lambda kept: holds(kept, whole, left), decided)
+
+        if graph == "decode":
+            # Without one of these a threshold fails: all that is open is whether they suffice.
+            kept = find(whole=False)
+            if kept is not None and not holds(kept, whole=True, left=0):
+                kept = find(whole=True)
+        else:
+            kept = find(whole=True)
         in_order = None if kept is None else [node for node in layers if node in kept]
         return Bisection(graph, len(layers), in_order, trials)
 
-    def _try(self, graph: str, ranges: Mapping[str, float]) -> bool:
+    def _try(self, graph: str, ranges: Mapping[str, float], whole: bool) -> bool:
         """Whether a graph with these layers quantized keeps the limits."""
         model = ir.load(self._exact / f"{graph}.onnx")
         lower(model, self._around)
         quantize(model, ranges, unsigned=True)
         self._scratch.mkdir(parents=True, exist_ok=True)
         export.write_models({graph: model}, self._scratch)
-        held = self._judge(graph, self._scratch / f"{graph}.onnx")
+        held = self._judge(graph, self._scratch / f"{graph}.onnx", whole)
         for file in self._scratch.iterdir():
             file.unlink()
         return held
@@ -181,24 +206,27 @@ def find_kept_layers(
     around = compute_precision("int8", manifest.backend)
     float_type = {"fp32": torch.float32, "fp16": torch.float16}[around]
 
-    def judge(graph: str, file: Path) -> bool:
+    def judge(graph: str, file: Path, whole: bool) -> bool:
         executor = OnnxRuntimeExecutor({graph: file}, float_type, threads=threads)
         trial = BundleImplementation("trial", Pipeline(manifest, schedule, executor))
-        return holds(graph, task, sides._replace(expected=reference, actual=trial), drawn, limits)
+        both = sides._replace(expected=reference, actual=trial)
+        return holds(graph, task, both, drawn, limits, whole)
 
     bisector = Bisector(exact, trials, around, judge, report)
     return [bisector.search(graph, calibration.layers[graph]) for graph in GRAPH_NAMES]
 
 
-def holds(graph: str, task: Task, sides: Sides, drawn: Drawn, limits: Limits) -> bool:
-    """Whether every threshold that concerns one graph holds."""
+def holds(graph: str, task: Task, sides: Sides, drawn: Drawn, limits: Limits, whole: bool) -> bool:
+    """Whether every threshold that concerns one graph holds for all images.
+
+    whole: whether the decode graph's single phases are compared too, or whole sequences alone.
+    """
     comparison = Comparison(limits)
     if graph == "decode":
         for i in range(task.images):
             compare_sequence(task, i, sides, drawn, comparison)
-        # The cheaper half first: most trials that fail do so here.
-        if not all(entry.passed for entry in comparison.measurements()):
-            return False
+        if not whole or not all(entry.passed for entry in comparison.measurements()):
+            return all(entry.passed for entry in comparison.measurements())
     for i in range(task.images):
         if graph == "decode":
             runs = list(decode_runs(task, i, sides, drawn))

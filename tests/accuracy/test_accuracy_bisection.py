@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 import lpd_export.accuracy.bisection
 import lpd_export.build.build
 from commandline import answer, entries, mistake
-from lpd_export.accuracy.bisection import save_kept_layers, smallest_sufficient
+from lpd_export.accuracy.bisection import Bisector, save_kept_layers, smallest_sufficient
 from lpd_export.accuracy.results import Bisection
 from lpd_export.build.request import read_recipe
 from lpd_export.build.settings import Source
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
+from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.writer import read_kept_layers
 
 Suffices = Callable[[frozenset[int]], bool]
@@ -244,12 +245,24 @@ def test_the_layers_are_found_and_told(bundle: Path, found: Found) -> None:
     # On the terminal: the trials as they are made, and what was found.
     trials = [line for line in found.said.err.splitlines() if " layers in int8: " in line]
     for graph, entry in found.by_graph.items():
-        told = [line for line in trials if line.startswith(f"{graph}: ")]
+        told = [line for line in trials if line.startswith(f"{graph}, trial ")]
         assert len(told) == entry["trials"]
         count = entry["layers"]
-        assert told[0].startswith(f"{graph}: {count} of {count} layers in int8: ")
-    assert trials[0].endswith("in int8: a threshold fails")
-    assert trials[1] == f"decode: 0 of {decode['layers']} layers in int8: the thresholds hold"
+        first = f"{graph}, trial 1, {count} undecided: {count} of {count} layers in int8: "
+        assert told[0].startswith(first)
+    short, count = " over whole sequences", decode["layers"]
+    assert trials[0].endswith("in int8: a threshold fails" + short)
+    assert trials[1] == (
+        f"decode, trial 2, {count} undecided: 0 of {count} layers in int8: the thresholds hold"
+        + short
+    )
+    # Trials are compared in short; the answer, and only that, is compared in everything.
+    tried = [line for line in trials if line.startswith("decode, ")]
+    assert all(line.endswith(short) for line in tried[:-1])
+    assert tried[-1] == (
+        f"decode, trial {decode['trials']}, 0 undecided: {count - len(decode['kept'])} of {count} "
+        "layers in int8: the thresholds hold"
+    )
     lines = found.said.out.splitlines()
     words = ", ".join(decode["kept"])
     assert f"decode: int8 must spare {len(decode['kept'])} of {decode['layers']}: {words}" in lines
@@ -318,6 +331,42 @@ def test_where_nothing_helps(bundle: Path, tmp_path: Path) -> None:
     told = "decode: the thresholds fail even with every layer in higher precision"
     assert told in found.said.out.splitlines()
     assert found.kept == {"detokenize": [], "tokenize": []}
+
+
+def test_an_answer_that_fails_as_a_whole_is_searched_again(
+    small_bundle: Path, tmp_path: Path
+) -> None:
+    """What a search over whole sequences alone would have missed is found."""
+    wanted = {"head/MatMul": False, "blocks.0.fc1/MatMul": True}  # by whether only all tells it
+    layers = {
+        node: LayerMeasurement(activation_range=1.0, noise=float(number))
+        for number, node in enumerate(quantized_layers(small_bundle, "decode"))
+    }
+    judged: list[bool] = []
+    lines: list[str] = []
+
+    def judge(graph: str, file: Path, whole: bool) -> bool:
+        quantized = quantized_layers(file.parents[1], graph)
+        judged.append(whole)
+        return not any(quantized[layer] for layer, late in wanted.items() if whole or not late)
+
+    bisector = Bisector(small_bundle / "onnx", tmp_path / "onnx", "fp32", judge, lines.append)
+    found = bisector.search("decode", layers)
+    assert found.kept is not None
+    assert set(found.kept) == set(wanted)
+    first_whole = judged.index(True)
+    assert first_whole > 0, "it is searched in short first"
+    assert all(judged[first_whole:]), "and then in everything"
+    assert found.trials == len(judged) == len(lines)
+    assert lines[first_whole].endswith("a threshold fails")
+
+
+def test_candidates_are_counted_once_as_they_are_decided() -> None:
+    decided: list[int] = []
+    wanted = {3, 4, 11}
+    found = smallest_sufficient(list(range(16)), lambda taken: wanted <= taken, decided.append)
+    assert found == wanted
+    assert sum(decided) == 16
 
 
 def test_what_was_found_is_what_a_build_reads(tmp_path: Path) -> None:
