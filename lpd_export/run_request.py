@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
+from lpd_export.bounds import Cfg, Digest, Seed, Temperature
 from lpd_export.bundle.classes import resolve_classes
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
@@ -35,12 +36,8 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 Folder = Annotated[Path, Field(strict=False)]
 Index = Annotated[int, Field(ge=0, lt=MAX_IMAGES)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
-Cfg = Annotated[float, Field(ge=0, le=1000)]
 Guidance = Annotated[str, Field(pattern="^(linear|constant)$")]
-Temperature = Annotated[float, Field(ge=0.001, le=1000)]
 Probability = Annotated[float, Field(gt=0, le=1)]
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, config=STRICT)

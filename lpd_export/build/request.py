@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from lpd_export.bounds import Cfg, Seed
 from lpd_export.errors import UserError
 
 PATHS = (
@@ -74,7 +75,7 @@ class BuildRequest(BaseModel):
     schedule: str | None = None
     orders: Annotated[int, Field(ge=1, le=10_000)] | None = None
     repulsion: Annotated[int, Field(ge=0, le=1024)] | None = None
-    cfg: Annotated[float, Field(ge=0, le=1000)] | None = None
+    cfg: Cfg | None = None
     guidance: str = "linear"
     precision: str = "fp32"
     keep_layers: str | None = None
@@ -88,7 +89,7 @@ class BuildRequest(BaseModel):
     compute_capability: Annotated[tuple[str, ...], Field(strict=False)] = ()
     weight_stripped: bool = False
     random_weights: bool = False
-    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
+    seed: Seed = 0
     out: str | None = None
     force: bool = False
 

@@ -29,6 +29,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from lpd_export.bounds import Cfg, Digest
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder, sha256
 from lpd_export.schedule.schedule import Phase, Schedule, phase_table
@@ -45,7 +46,6 @@ CHECKSUM = "manifest_sha256"
 
 Count = Annotated[int, Field(ge=1, le=2**20)]
 """Of things that a model is made of: layers, channels, cells, classes, tokens."""
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def _inside(name: str) -> str:
@@ -194,7 +194,7 @@ class Manifest:
     phases: list[Phase]
     phase_rows: Annotated[int, Field(ge=1, le=2)]
     """R of the static phase files."""
-    cfg: Annotated[float, Field(ge=0)]
+    cfg: Cfg
     guidance: Annotated[str, Field(pattern="^(linear|constant)$")]
     calibration: CalibrationRecord
     engines: dict[str, EngineRecord]
