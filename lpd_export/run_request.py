@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
-from lpd_export.bounds import Cfg, Digest, Seed, Temperature
+from lpd_export.bounds import Cfg, Digest, GuidanceSchedule, Seed, Temperature
 from lpd_export.bundle.classes import resolve_classes
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
@@ -36,7 +36,6 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 Folder = Annotated[Path, Field(strict=False)]
 Index = Annotated[int, Field(ge=0, lt=MAX_IMAGES)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Guidance = Annotated[str, Field(pattern="^(linear|constant)$")]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -54,7 +53,7 @@ class RunRequest:
     count: Annotated[int, Field(ge=1)] = 1
     seed: Seed = 0
     cfg: Cfg | None = None
-    guidance: Guidance | None = None
+    guidance: GuidanceSchedule | None = None
     temperature: Temperature = 1.0
     top_k: Positive | None = None
     top_p: Probability | None = None
@@ -91,7 +90,7 @@ class Record(TypedDict):
     order: Annotated[int, Field(ge=0)]
     seed: Seed
     cfg: Cfg
-    guidance: Guidance
+    guidance: GuidanceSchedule
     temperature: Temperature
     top_k: Positive | None
     top_p: Probability | None

@@ -20,23 +20,7 @@ from lpd_reference.vq import VQConfig
 EMOJI_RECIPE = Path(__file__).parent / "data" / "lpd-emoji32" / "recipe.toml"
 DEMO_RECIPE = Path(__file__).parents[1] / "engines" / "demo.toml"
 SMALL_NAMES = [["red panda", "firefox"], "ice-cream", "crane", ["Crane", "bird"], "monkey-face"]
-KINDS = {
-    "model": (
-        "test_accuracy",
-        "test_accuracy_bisection",
-        "test_accuracy_damage",
-        "test_accuracy_script",
-        "test_build",
-        "test_claims",
-        "test_portable",
-        "test_precision",
-        "test_readme_picture",
-        "test_run",
-        "test_runtime",
-    ),
-    "engine": ("test_engine", "test_engine_bundles"),
-}
-"""The files that build bundles or compile engines throughout."""
+KINDS = ("model", "engine", "slow", "gpu")
 MODEL_FIXTURES = {
     "demo_bundle",
     "demo_int8_bundle",
@@ -59,14 +43,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what builds bundles, what compiles engines, and the rest as unit tests."""
+    """Marks what takes a built bundle, and as unit tests all that bears no other mark."""
     for item in items:
-        for kind, files in KINDS.items():
-            if item.path.stem in files:
-                item.add_marker(kind)
         if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("model")
-        if not any(item.get_closest_marker(kind) for kind in (*KINDS, "slow", "gpu")):
+        if not any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker("unit")
 
 

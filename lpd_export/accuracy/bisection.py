@@ -34,9 +34,9 @@ from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.files import write_atomically
 from lpd_export.graphs import export
 from lpd_export.precision.calibration import LayerMeasurement
-from lpd_export.precision.casting import lower
+from lpd_export.precision.casting import compute_precision, lower
 from lpd_export.precision.quantization import quantize
-from lpd_export.precision.writer import calibrate, compute_precision
+from lpd_export.precision.writer import calibrate
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline

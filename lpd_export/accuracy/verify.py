@@ -149,7 +149,7 @@ def make_task(bundle: Bundle, images: int, seed: int) -> Task:
         labels=spread_labels(manifest.model.num_classes, images),
         order_indices=[chance.order_index for chance in chances],
         uniform=np.stack([chance.uniform for chance in chances]),
-        sampling=Sampling(cfg=manifest.cfg, guidance=manifest.guidance),  # type: ignore[arg-type]
+        sampling=Sampling(cfg=manifest.cfg, guidance=manifest.guidance),
         seed=seed,
     )
 

@@ -13,7 +13,7 @@ import platform
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import onnx
@@ -53,8 +53,9 @@ from lpd_export.bundle.manifest import (
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
 from lpd_export.graphs import contract, export
+from lpd_export.precision.casting import FLOAT_TYPES, compute_precision
 from lpd_export.precision.portable import portable_graphs
-from lpd_export.precision.writer import PrecisionWriter, compute_precision, read_kept_layers
+from lpd_export.precision.writer import PrecisionWriter, read_kept_layers
 from lpd_export.progress import Progress, Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
@@ -69,7 +70,6 @@ FP32 and FP16 are some twenty to a thousand times their roundoff away from it in
 has 8 times the roundoff of FP16, and INT8 levels of 1/127 of a channel's largest value.
 A look at whether the graphs were written right; how close they are is `lpd-export verify`'s to say.
 """
-FLOAT_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def build(
@@ -289,6 +289,17 @@ def check_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -
 
 # ----------------------------------------------------------------------------- the manifest
 
+Description = TypeVar("Description", ModelDescription, TokenizerDescription)
+
+
+def described(description: type[Description], config: object) -> Description:
+    """What a manifest says of an architecture: its fields, as the reference's configuration has."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(description):
+        value = getattr(config, field.name)
+        values[field.name] = list(value) if isinstance(value, tuple) else value  # as JSON has it
+    return description(**values)
+
 
 def describe(request: BuildRequest, source: Source, settings: Settings) -> Manifest:
     """The manifest, all but the files."""
@@ -296,25 +307,8 @@ def describe(request: BuildRequest, source: Source, settings: Settings) -> Manif
     return Manifest(
         format_version=FORMAT_VERSION,
         name=settings.name,
-        model=ModelDescription(
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            head_dim=config.head_dim,
-            mlp_dim=config.mlp_dim,
-            grid=config.grid,
-            num_classes=config.num_classes,
-            vocab_size=config.vocab_size,
-        ),
-        tokenizer=TokenizerDescription(
-            channels=vq.channels,
-            channel_multipliers=list(vq.channel_multipliers),
-            num_res_blocks=vq.num_res_blocks,
-            z_channels=vq.z_channels,
-            codebook_size=vq.codebook_size,
-            codebook_dim=vq.codebook_dim,
-            stride=vq.stride,
-        ),
+        model=described(ModelDescription, config),
+        tokenizer=described(TokenizerDescription, vq),
         resolution=source.resolution,
         precision=request.precision,
         float_type=FLOAT_TYPES[compute_precision(request.precision, request.backend)],

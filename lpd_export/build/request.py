@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     BaseModel,
@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from lpd_export.bounds import Cfg, Seed
+from lpd_export.bounds import Cfg, GuidanceSchedule, Seed
 from lpd_export.errors import UserError
 
 PATHS = (
@@ -48,7 +48,7 @@ ENGINE_FIELDS = (
 )
 """Settings that only engines have."""
 CHOICES = {
-    "guidance": ("linear", "constant"),
+    "guidance": get_args(GuidanceSchedule),
     "precision": ("fp32", "bf16", "fp16", "int8"),
     "backend": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
 }
@@ -76,7 +76,7 @@ class BuildRequest(BaseModel):
     orders: Annotated[int, Field(ge=1, le=10_000)] | None = None
     repulsion: Annotated[int, Field(ge=0, le=1024)] | None = None
     cfg: Cfg | None = None
-    guidance: str = "linear"
+    guidance: GuidanceSchedule = "linear"
     precision: str = "fp32"
     keep_layers: str | None = None
     backend: str = "onnxruntime"

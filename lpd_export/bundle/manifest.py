@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from lpd_export.bounds import Cfg, Digest
+from lpd_export.bounds import Cfg, Digest, GuidanceSchedule
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder, sha256
 from lpd_export.schedule.schedule import Phase, Schedule, phase_table
@@ -195,7 +195,7 @@ class Manifest:
     phase_rows: Annotated[int, Field(ge=1, le=2)]
     """R of the static phase files."""
     cfg: Cfg
-    guidance: Annotated[str, Field(pattern="^(linear|constant)$")]
+    guidance: GuidanceSchedule
     calibration: CalibrationRecord
     engines: dict[str, EngineRecord]
     """By graph."""

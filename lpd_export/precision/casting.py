@@ -26,6 +26,8 @@ COMPUTE_TYPES = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
+FLOAT_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What torch and the manifest call each type."""
 LARGEST = {"fp16": float(np.finfo(np.float16).max), "bf16": float(ml_dtypes.finfo("bfloat16").max)}
 """The largest finite number of each type."""
 HEADROOM = 2
@@ -35,6 +37,16 @@ WIDEST_FUSED_HEAD = 256
 """Wider heads, as the tokenizer's, have no fused attention: their softmax is spelled out."""
 FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that an operator takes in FP32 whatever its data's type: roi and scales of Resize."""
+
+
+def compute_precision(precision: str, backend: str) -> str:
+    """The float precision of a graph's activations, inputs and caches.
+
+    Around INT8 that is FP16 for TensorRT and FP32 for ONNX Runtime, whose CPU has no FP16.
+    """
+    if precision != "int8":
+        return precision
+    return "fp32" if backend == "onnxruntime" else "fp16"
 
 
 def lower(model: ir.Model, precision: str) -> None:

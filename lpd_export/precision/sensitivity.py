@@ -28,6 +28,7 @@ from lpd_export.precision.calibration import (
     calibration_images,
     spread_labels,
 )
+from lpd_export.precision.casting import FLOAT_TYPES, compute_precision, lower
 from lpd_export.precision.quantization import quantize
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -78,16 +79,18 @@ class Chooser:
     Args:
         graphs: a folder with the FP32 ONNX files.
         scratch: an empty folder for trials.
-        manifest, schedule: of the bundle in the making.
+        manifest, schedule: of the bundle in the making; trials compute in its float type, as what
+            is shipped does.
     """
 
     def __init__(self, graphs: Path, scratch: Path, manifest: Manifest, schedule: Schedule) -> None:
+        self._around = compute_precision(manifest.precision, manifest.backend)
         self._graphs = graphs
         self._scratch = scratch
         # These graphs take any batch, whatever engines are to take.
         self._manifest = dataclasses.replace(manifest, max_batch=None)
         self._schedule = schedule
-        exact = self._pipeline(graphs)
+        exact = self._pipeline(graphs, "fp32")
         count = calibration_images(manifest.resolution)
         labels: list[int | str | None] = [*spread_labels(manifest.model.num_classes, count)]
         # Not the images of the calibration, which the ranges fit best.
@@ -96,9 +99,10 @@ class Chooser:
         self._pixels = self._decode_images(exact)
         self._indices = exact.tokenize(self._pixels)
 
-    def _pipeline(self, folder: Path) -> Pipeline:
+    def _pipeline(self, folder: Path, around: str) -> Pipeline:
         files = {name: folder / f"{name}.onnx" for name in TARGETS}
-        return Pipeline(self._manifest, self._schedule, OnnxRuntimeExecutor(files))
+        executor = OnnxRuntimeExecutor(files, getattr(torch, FLOAT_TYPES[around]))
+        return Pipeline(self._manifest, self._schedule, executor)
 
     def _decode_images(self, pipeline: Pipeline) -> np.ndarray:
         return np.clip(pipeline.detokenize(token_ids(self._images)), -1, 1)
@@ -150,9 +154,10 @@ class Chooser:
     def _try(self, graph: str, ranges: Mapping[str, float]) -> float:
         """The target's measure with these layers quantized."""
         model = ir.load(self._graphs / f"{graph}.onnx")
+        lower(model, self._around)
         quantize(model, ranges, unsigned=True)
         export.write_models({graph: model}, self._scratch)
-        trial = self._pipeline(self._scratch)
+        trial = self._pipeline(self._scratch, self._around)
         measure = {"decode": self._kl, "detokenize": self._psnr, "tokenize": self._agreement}
         value = measure[graph](trial)
         for file in self._scratch.iterdir():

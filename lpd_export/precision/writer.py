@@ -33,7 +33,7 @@ from lpd_export.precision.calibration import (
     Calibrator,
     calibration_images,
 )
-from lpd_export.precision.casting import check_ranges, lower
+from lpd_export.precision.casting import check_ranges, compute_precision, lower
 from lpd_export.precision.quantization import CLIPPING, LEVELS, quantize
 from lpd_export.precision.sensitivity import Chooser
 from lpd_export.progress import Report
@@ -50,16 +50,6 @@ MEASURING = (
     sampler,
 )
 """The modules whose text decides what is measured."""
-
-
-def compute_precision(precision: str, backend: str) -> str:
-    """The float precision of a graph's activations, inputs and caches.
-
-    Around INT8 that is FP16 for TensorRT and FP32 for ONNX Runtime, whose CPU has no FP16.
-    """
-    if precision != "int8":
-        return precision
-    return "fp32" if backend == "onnxruntime" else "fp16"
 
 
 @dataclass(frozen=True)

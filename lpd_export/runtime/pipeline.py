@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -28,11 +28,13 @@ from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.randomness import image_randomness
-from lpd_export.runtime.sampler import Sampling, guide
+from lpd_export.runtime.sampler import GuidanceSchedule, Sampling, guide
 from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
 from lpd_export.schedule.schedule import Schedule, phase_table
 
 WEIGHTS = "onnx/weights.data"
+OTHER_NAMES = {"guidance_scale": "cfg", "cfg_scale": "cfg", "batch_size": "batch"}
+"""What other libraries call them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,13 @@ class GeneratedImage:
     order_index: int
     """Which of the schedule's orders it followed."""
     sampling: Sampling
+
+    def __repr__(self) -> str:
+        height, width, _ = self.pixels.shape
+        return (
+            f"<GeneratedImage {self.index} of seed {self.seed}: {self.class_name}, "
+            f"{width} x {height}>"
+        )
 
     def picture(self) -> Image.Image:
         """As a Pillow image."""
@@ -75,7 +84,8 @@ class Pipeline:
         images = pipeline.generate([207, "red panda"], seed=0)
         images[0].picture().save("dog.png")
 
-    Use `open`; the constructor takes the parts.
+    As a context manager it gives back its buffers at the end of the block. Use `open`; the
+    constructor takes the parts.
     """
 
     def __init__(
@@ -91,6 +101,30 @@ class Pipeline:
         self._executor = executor
         self._dimensions = dimensions(manifest)
         self._generators: dict[bytes, Generator] = {}
+        self._closed = False
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        return (
+            f"<Pipeline {manifest.name}: {manifest.resolution} px in {self._schedule.steps} steps, "
+            f"{manifest.precision}, {manifest.backend} on {self._executor.device}>"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives back caches and recordings; nothing can be generated afterwards.
+
+        The loaded graphs go with the pipeline itself.
+        """
+        for generator in self._generators.values():
+            generator.free()
+        self._generators.clear()
+        self._closed = True
 
     @classmethod
     def open(
@@ -105,9 +139,10 @@ class Pipeline:
 
         Args:
             bundle: the folder that `lpd-export build` made.
-            device: "cpu" or "cuda"; by default the CPU for ONNX Runtime, a GPU for TensorRT.
-            threads: for the operators on a CPU; by default ONNX Runtime's choice, the physical
-                cores.
+            device: "cpu", "cuda" or "cuda:1"; by default the CPU for ONNX Runtime, a GPU for
+                TensorRT.
+            threads: for the operators on a CPU; by default the physical cores, or those that this
+                process is confined to.
             mutual_visibility: whether the cells that a step fills see one another, as they do in
                 training; without, one sees what this is good for.
 
@@ -128,10 +163,14 @@ class Pipeline:
         *,
         seed: int = 0,
         cfg: float | None = None,
+        guidance: GuidanceSchedule | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         batch: int = 1,
         schedule: Schedule | str | os.PathLike[str] | None = None,
         progress: Callable[[Progress], None] | None = None,
-        **sampling: Any,
+        **unknown: object,
     ) -> list[GeneratedImage]:
         """An image for each class: ids, names, or None for no class.
 
@@ -140,14 +179,20 @@ class Pipeline:
             seed: the same seed gives an image the same order and random numbers, whatever the
                 batch size; where kernels round otherwise in another batch, tokens may differ.
             cfg: guidance scale; by default the one recommended for the model.
+            guidance: "linear" or "constant"; by default the one recommended for the model.
+            temperature, top_k, top_p: as in `Sampling`.
             batch: how many images are generated together.
             schedule: instead of the bundle's: a schedule or the file of one.
             progress: called after each step.
-            sampling: further fields of `Sampling`: guidance, temperature, top_k, top_p.
+            unknown: nothing; here to answer other libraries' names with ours.
 
         Raises:
             UserError: if an argument is out of range or a class unknown.
         """
+        for name in unknown:
+            meant = OTHER_NAMES.get(name)
+            hint = f"here it is called {meant}" if meant else "see help(Pipeline.generate)"
+            raise UserError(f"generate takes no {name!r}: {hint}")
         if isinstance(classes, str):
             raise UserError(f"classes must be a list, but it is one name: give [{classes!r}]")
         labels = resolve_classes(
@@ -157,18 +202,36 @@ class Pipeline:
             self.stream(
                 dict(enumerate(labels)),
                 seed=seed,
-                sampling=self.sampling(cfg=cfg, **sampling),
+                sampling=self.sampling(
+                    cfg=cfg, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+                ),
                 batch=batch,
                 schedule=schedule,
                 progress=progress,
             )
         )
 
-    def sampling(self, *, cfg: float | None = None, **settings: Any) -> Sampling:
-        """Settings for `stream`, the bundle's recommended guidance where none is given."""
-        recommended = {"guidance": self.manifest.guidance}
-        given = {name: value for name, value in settings.items() if value is not None}
-        return Sampling(cfg=self.manifest.cfg if cfg is None else cfg, **{**recommended, **given})
+    def sampling(
+        self,
+        *,
+        cfg: float | None = None,
+        guidance: GuidanceSchedule | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Sampling:
+        """Settings for `stream`, the bundle's recommended guidance where none is given.
+
+        Raises:
+            UserError: for a value out of its range, or of a wrong type.
+        """
+        return Sampling(
+            cfg=self.manifest.cfg if cfg is None else cfg,
+            guidance=self.manifest.guidance if guidance is None else guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
 
     def stream(
         self,
@@ -186,8 +249,7 @@ class Pipeline:
             UserError: before the first image, if an argument is out of range.
         """
         self.check_batch(batch)
-        if not isinstance(seed, int | np.integer):
-            raise UserError(f"the seed must be a whole number, but it is {seed!r}")
+        check_whole("the seed", seed)
         if not 0 <= seed < 2**64:
             raise UserError(f"the seed must be from 0 to 2^64 - 1, but it is {seed}")
         chosen = self.choose_schedule(schedule)
@@ -197,6 +259,9 @@ class Pipeline:
 
     def check_batch(self, batch: int) -> None:
         """Raises UserError unless the bundle takes batches of this size."""
+        if self._closed:
+            raise UserError("this pipeline is closed: open the bundle again")
+        check_whole("the batch size", batch)
         if batch < 1:
             raise UserError(f"the batch size must be at least 1, but it is {batch}")
         limit = self.manifest.max_batch
@@ -477,6 +542,12 @@ def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Ex
         weights,
         cache if manifest.backend == "tensorrt-rtx" else None,
     )
+
+
+def check_whole(what: str, value: object) -> None:
+    """Raises UserError unless a value is a whole number; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise UserError(f"{what} must be a whole number, but it is {value!r}")
 
 
 def free_memory(device: torch.device) -> int | None:

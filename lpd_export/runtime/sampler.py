@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lpd_export.bounds import MOST_CFG, TEMPERATURES
+from lpd_export.bounds import MOST_CFG, TEMPERATURES, GuidanceSchedule
 from lpd_export.errors import UserError
 
-GuidanceSchedule = Literal["constant", "linear"]
 GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
 
 BANDS = 32
@@ -39,9 +38,11 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        numbers = {"cfg": self.cfg, "temperature": self.temperature, "top-p": self.top_p}
+        numbers: dict[str, object] = {"cfg": self.cfg, "temperature": self.temperature}
+        if self.top_p is not None:
+            numbers["top-p"] = self.top_p
         for name, value in numbers.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise UserError(f"{name} must be a number, but it is {value!r}")
         if not 0 <= self.cfg <= MOST_CFG:
             raise UserError(f"cfg must be a number from 0 to {MOST_CFG:g}, but it is {self.cfg}")

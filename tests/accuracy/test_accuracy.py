@@ -64,6 +64,8 @@ from lpd_reference.generate import guidance_scale
 from lpd_reference.lpd import LPDConfig
 from lpd_reference.vq import VQConfig
 
+pytestmark = pytest.mark.model
+
 PHASES = ["phase_00", "phase_01", "phase_02", "phase_03", "detokenize", "tokenize"]
 PHASE_FILES = [f"{phase}.onnx" for phase in PHASES[:4]]
 TABLE = [*PHASES, "sequence", "generation"]

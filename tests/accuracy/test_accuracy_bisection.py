@@ -26,6 +26,8 @@ from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.writer import read_kept_layers
 
+pytestmark = pytest.mark.model
+
 Suffices = Callable[[frozenset[int]], bool]
 
 # --------------------------------------------------------------------------------- the search

@@ -27,6 +27,8 @@ from lpd_export.runtime.randomness import ImageRandomness, image_randomness
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.schedule import Phase, attention_mask
 
+pytestmark = pytest.mark.model
+
 CFG = 2.0
 TOKENIZER = {"detokenize", "tokenize"}
 IMAGES_OF_THE_SAME_TOKENS = (GENERATION, "pixels", "generation_psnr")

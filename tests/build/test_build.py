@@ -31,6 +31,8 @@ from lpd_export.files import sha256
 from lpd_export.schedule.schedule import Schedule
 from lpd_reference.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.model
+
 EMOJI_WEIGHTS = Path(__file__).parents[1] / "data" / "lpd-emoji32"
 
 

@@ -46,7 +46,10 @@ pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
 
 # Polygraphy sets an empty timing cache, which TensorRT-RTX calls a no-op.
-pytestmark = pytest.mark.filterwarnings("ignore:.*Timing cache:DeprecationWarning")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("ignore:.*Timing cache:DeprecationWarning"),
+]
 
 RTX = EngineOptions("tensorrt-rtx")
 SIZES = [1, 3, 5, 7]

@@ -36,7 +36,10 @@ tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
 
 # Polygraphy sets an empty timing cache, which TensorRT-RTX calls a no-op.
-pytestmark = pytest.mark.filterwarnings("ignore:.*Timing cache:DeprecationWarning")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("ignore:.*Timing cache:DeprecationWarning"),
+]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

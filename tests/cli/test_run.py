@@ -24,6 +24,8 @@ from lpd_export.run_request import RunRequest
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.schedule.schedule import Schedule, step_of_cell
 
+pytestmark = pytest.mark.model
+
 SHEET, RECORDS, LOCK = "contact_sheet.png", "images.jsonl", ".run.lock"
 
 

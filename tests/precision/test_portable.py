@@ -32,6 +32,8 @@ from lpd_export.precision.quantization import LEVELS, quantizable_layers, quanti
 from lpd_export.schedule.schedule import Schedule
 from lpd_reference.checkpoint import load_lpd
 
+pytestmark = pytest.mark.model
+
 FLOAT, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 OPTIMIZATIONS = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,

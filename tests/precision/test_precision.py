@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -41,6 +42,8 @@ from lpd_export.precision.quantization import (
 )
 from lpd_export.precision.sensitivity import TARGETS, Chooser, mean_kl
 from lpd_export.progress import Report
+
+pytestmark = pytest.mark.model
 
 ROOT = Path(__file__).parents[2]
 COMPUTE = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
@@ -375,6 +378,21 @@ def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path
     assert decision.kept[noisiest] == layers[noisiest].noise
     assert decision.value <= decision.limit
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(("backend", "exact"), [("onnxruntime", True), ("tensorrt-rtx", False)])
+def test_layers_are_chosen_on_what_is_shipped(
+    emoji_bundle: Path, tmp_path: Path, backend: str, exact: bool
+) -> None:
+    """With nothing quantized, what is left is the rounding of the float type around INT8."""
+    bundle = Bundle.open(emoji_bundle)
+    manifest = dataclasses.replace(bundle.manifest, precision="int8", backend=backend)
+    chooser = Chooser(emoji_bundle / "onnx", tmp_path, manifest, bundle.schedule())
+    for graph in ("decode", "detokenize"):
+        ranges, decision = chooser.keep(graph, {}, [])
+        assert ranges == {}
+        nothing = {"decode": 0.0, "detokenize": math.inf}[graph]
+        assert (decision.value == pytest.approx(nothing, abs=1e-12)) == exact, graph
 
 
 def test_simulation_leaves_the_graph_as_it_is(emoji_bundle: Path) -> None:

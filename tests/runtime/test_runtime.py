@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ from lpd_export.runtime.sampler import Sampling, guide, sample
 from lpd_export.schedule.schedule import Schedule, phase_table
 from lpd_reference import LPD, VQTokenizer
 from lpd_reference.generate import draw, filter_logits, guidance_scale
+
+pytestmark = pytest.mark.model
 
 MODELS = Path(__file__).parents[1] / "data" / "lpd-emoji32"
 
@@ -363,7 +366,7 @@ def test_nan_does_not_stay_for_the_next_generation(tmp_path: Path) -> None:
 
 
 class Counting(OnnxRuntimeExecutor):
-    """Counts what is bound; takes the part of an executor that records."""
+    """Counts what is bound; records by calling again, where a GPU would replay its graph."""
 
     bound = 0
     bound_while_recording = 0
@@ -504,3 +507,42 @@ def test_wrong_tensors_are_answered(pipeline: Pipeline) -> None:
         pipeline.detokenize(np.zeros((1, 64), np.int64))
     with pytest.raises(UserError, match="32, 32"):
         pipeline.tokenize(np.zeros((1, 3, 16, 16), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": 3.0}, "generate takes no 'guidance_scale': here it is called cfg"),
+        ({"steps": 3}, r"generate takes no 'steps': see help\(Pipeline.generate\)"),
+        ({"seed": True}, "the seed must be a whole number, but it is True"),
+        ({"batch": 2.5}, "the batch size must be a whole number, but it is 2.5"),
+        ({"cfg": "3"}, "cfg must be a number, but it is '3'"),
+        ({"cfg": 1e308}, "cfg must be a number from 0 to 1000, but it is 1e[+]308"),
+        ({"temperature": None}, "temperature must be a number, but it is None"),
+        ({"top_k": 2.5}, "top-k must be a whole number, but it is 2.5"),
+        ({"top_p": True}, "top-p must be a number, but it is True"),
+    ],
+)
+def test_wrong_arguments_are_sentences(
+    pipeline: Pipeline, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline.generate([13], **settings)
+
+
+def test_a_closed_pipeline_holds_nothing_and_says_so(
+    pipeline: Pipeline, emoji_bundle: Path
+) -> None:
+    with counting(pipeline, emoji_bundle, Counting) as opened:
+        opened.generate([13])
+        (generator,) = opened._generators.values()
+        assert generator.held_bytes > 0
+    assert generator.held_bytes == 0
+    with pytest.raises(UserError, match="closed: open the bundle again"):
+        opened.generate([13])
+
+
+def test_what_is_printed_of_pipelines_and_images_is_short(pipeline: Pipeline) -> None:
+    (image,) = pipeline.generate([13], seed=3)
+    assert repr(pipeline) == "<Pipeline emoji32: 32 px in 20 steps, fp32, onnxruntime on cpu>"
+    assert repr(image) == f"<GeneratedImage 0 of seed 3: {image.class_name}, 32 x 32>"

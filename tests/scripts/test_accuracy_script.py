@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+pytestmark = pytest.mark.model
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "accuracy.py"
 
 

@@ -34,6 +34,8 @@ from lpd_reference import load_lpd, load_tokenizer
 from training.classifier import Classifier, ClassifierConfig, frechet_distance, load
 from training.data import ImageSet, load_image_set, to_signed
 
+pytestmark = pytest.mark.model
+
 NAMES = ("red", "green", "blue", "white", "black")
 REPULSION = 1
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")

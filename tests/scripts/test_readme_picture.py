@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 from matplotlib.figure import Figure
 from PIL import Image
@@ -11,6 +12,8 @@ from PIL import Image
 import claims_results
 import readme_picture
 from claims import variants
+
+pytestmark = pytest.mark.model
 
 
 def made_up(path: Path) -> Path:
