@@ -349,6 +349,7 @@ def test_the_pager_is_for_what_does_not_fit(small_bundle: Path, tmp_path: Path) 
 # ---------------------------------------------------------------------------------------- doctor
 
 
+@pytest.mark.slow
 def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")

@@ -17,6 +17,8 @@ from lpd_export.graphs.modules import Decode, Detokenize, Tokenize, tensor_scatt
 from lpd_export.schedule.schedule import attention_mask, phase_table
 from lpd_reference import LPD, VQTokenizer
 
+pytestmark = pytest.mark.model
+
 MASKED = float(torch.finfo(torch.float32).min)
 
 

@@ -875,6 +875,7 @@ def hub_answers(hub_home: Path) -> Iterator[tuple[Answers, list[tuple[str, str]]
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "state"),
     [
@@ -893,6 +894,7 @@ def test_a_file_is_downloaded(
     assert answers[source][2] == f"hf:org/lpd_small@{COMMIT}/{file}"
 
 
+@pytest.mark.slow
 def test_a_repository_alone_means_its_namesake(
     hub_answers: tuple[Answers, list[tuple[str, str]]], hub_home: Path
 ) -> None:
@@ -903,6 +905,7 @@ def test_a_repository_alone_means_its_namesake(
     assert [path.name for path in hub_home.rglob("lpd_small.pth")] == ["lpd_small.pth"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -933,6 +936,7 @@ def test_what_the_hub_does_not_give(
     assert hub_answers[0][source][0] == message
 
 
+@pytest.mark.slow
 def test_a_damaged_download(hub_answers: tuple[Answers, list[tuple[str, str]]]) -> None:
     message = hub_answers[0]["hf:org/damaged"][0]
     assert str(message).endswith("weights.pth is truncated or is not a PyTorch checkpoint")
@@ -951,6 +955,7 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hub_answers")
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_hub_out_of_reach(hub_home: Path, offline: bool) -> None:
@@ -977,6 +982,7 @@ def test_a_hub_out_of_reach(hub_home: Path, offline: bool) -> None:
     assert "Retrying" not in noise
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails(hub_answers: tuple[Answers, list[tuple[str, str]]]) -> None:
     message = str(hub_answers[0]["hf:org/broken/file.pth"][0])
     assert message.startswith("cannot fetch hf:org/broken/file.pth: the Hugging Face hub ")

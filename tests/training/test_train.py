@@ -459,6 +459,7 @@ def answer(script: str, *arguments: object) -> Result:
     return CliRunner().invoke(module.main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_process_goes_on(folder: Path, tmp_path: Path) -> None:
     """The whole way: a tokenizer is trained, killed, stopped, finished and exported."""
     run = tmp_path / "run"
