@@ -24,6 +24,7 @@ from typing import Any
 import click
 import onnx_ir as ir
 
+from lpd_export import formats
 from lpd_export.build.build import build
 from lpd_export.build.engine import (
     EngineOptions,
@@ -87,7 +88,7 @@ def lower_graphs(source: Path, graphs: Sequence[str], precision: str, folder: Pa
     """Writes graphs of an fp32 bundle in another precision."""
     models = {graph: ir.load(source / f"{graph}.onnx") for graph in graphs}
     for model in models.values():
-        lower(model, precision)
+        lower(model, formats.PRECISIONS[precision].throughout)
     export.write_models(models, folder)
 
 

@@ -32,9 +32,10 @@ from lpd_export.build.build import write_exact_graphs
 from lpd_export.build.settings import Source
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.files import write_atomically
+from lpd_export.formats import PRECISIONS, FloatType
 from lpd_export.graphs import export
 from lpd_export.precision.calibration import LayerMeasurement
-from lpd_export.precision.casting import compute_precision, lower
+from lpd_export.precision.casting import lower
 from lpd_export.precision.quantization import quantize
 from lpd_export.precision.writer import calibrate
 from lpd_export.progress import Report
@@ -112,13 +113,13 @@ class Bisector:
         self,
         exact: Path,
         scratch: Path,
-        around: str,
+        float_type: FloatType,
         judge: Judge,
         report: Report,
     ) -> None:
         self._exact = exact
         self._scratch = scratch
-        self._around = around
+        self._float_type = float_type
         self._judge = judge
         self._report = report
 
@@ -165,7 +166,7 @@ class Bisector:
     def _try(self, graph: str, ranges: Mapping[str, float], whole: bool) -> bool:
         """Whether a graph with these layers quantized keeps the limits."""
         model = ir.load(self._exact / f"{graph}.onnx")
-        lower(model, self._around)
+        lower(model, self._float_type)
         quantize(model, ranges, unsigned=True)
         self._scratch.mkdir(parents=True, exist_ok=True)
         export.write_models({graph: model}, self._scratch)
@@ -203,16 +204,17 @@ def find_kept_layers(
     write_exact_graphs(exact, Source(reference.model, reference.tokenizer, None, None), report)
     trials.mkdir()
     calibration = calibrate(exact, trials, manifest, schedule, True, report)
-    around = compute_precision("int8", manifest.backend)
-    float_type = {"fp32": torch.float32, "fp16": torch.float16}[around]
+    float_type = PRECISIONS[manifest.precision].float_type(manifest.backend)
 
     def judge(graph: str, file: Path, whole: bool) -> bool:
-        executor = OnnxRuntimeExecutor({graph: file}, float_type, threads=threads)
+        executor = OnnxRuntimeExecutor(
+            {graph: file}, getattr(torch, float_type.torch), threads=threads
+        )
         trial = BundleImplementation("trial", Pipeline(manifest, schedule, executor))
         both = sides._replace(expected=reference, actual=trial)
         return holds(graph, task, both, drawn, limits, whole)
 
-    bisector = Bisector(exact, trials, around, judge, report)
+    bisector = Bisector(exact, trials, float_type, judge, report)
     return [bisector.search(graph, calibration.layers[graph]) for graph in GRAPH_NAMES]
 
 

@@ -29,6 +29,7 @@ from lpd_export.accuracy.phases import phase_runs
 from lpd_export.accuracy.results import LayerError, Measurement
 from lpd_export.accuracy.sides import Sides
 from lpd_export.bundle.manifest import Bundle
+from lpd_export.formats import PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision.portable import portable_files
 from lpd_export.progress import Report
@@ -38,10 +39,6 @@ from lpd_reference.vq import AttentionBlock, ResidualBlock, VQTokenizer
 
 Arrays = Mapping[str, NDArray[Any]]
 Captures = OrderedDict[str, Tensor]
-
-ROUNDOFF = {"fp32": 6e-8, "fp16": 4.9e-4, "bf16": 3.9e-3, "int8": 3.9e-3}
-"""The relative error of one rounding: growth is not told of errors below it."""
-
 
 # -------------------------------------------------------------------------------- the reference
 
@@ -223,7 +220,7 @@ def compare_layers(
                 layer=layer,
                 relative_error=errors[layer],
                 largest_error=float(np.abs(expected - actual).max()),
-                growth=errors[layer] / max(before, ROUNDOFF[precision]),
+                growth=errors[layer] / max(before, PRECISIONS[precision].roundoff),
             )
         )
     return found

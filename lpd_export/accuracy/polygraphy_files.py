@@ -21,6 +21,7 @@ from lpd_export.accuracy.comparison import GUIDED, LOGITS, quiet
 from lpd_export.accuracy.thresholds import Limits
 from lpd_export.bundle.manifest import Manifest
 from lpd_export.errors import UserError
+from lpd_export.formats import BACKENDS
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -104,14 +105,13 @@ class PolygraphyFiles:
         """
         lines = {}
         for phase, magnitudes in self.saved.items():
-            runner = "--onnxrt" if backend == "onnxruntime" else "--trt"
+            setting, runner = BACKENDS[backend].polygraphy
             words = [
                 *("polygraphy", "run", str(bundle / "onnx" / f"{phase}.onnx"), runner),
                 *("--load-inputs", str(folder / f"{phase}.inputs.json")),
                 *("--load-outputs", str(folder / f"{phase}.expected.json")),
                 *_tolerances(phase, magnitudes, limits),
             ]
-            setting = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if backend == "tensorrt-rtx" else ""
             lines[phase] = setting + shlex.join(words)
         return lines
 

@@ -7,6 +7,7 @@ anything is compared.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from lpd_export.accuracy.implementations import BundleImplementation, Implementa
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, Manifest, Origin
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
+from lpd_export.formats import BACKENDS
 from lpd_export.precision.portable import portable_files
 from lpd_export.progress import Report
 from lpd_export.runtime.executor import Executor
@@ -117,18 +119,15 @@ def open_bundle(
         executor = OnnxRuntimeExecutor(files, float_type, "cpu", request.threads)
         ran = f"its ONNX graphs on ONNX Runtime {onnxruntime.__version__}, cpu{note}"
     else:
-        if manifest.backend != "onnxruntime" and not torch.cuda.is_available():
+        if BACKENDS[manifest.backend].compiles and not torch.cuda.is_available():
             raise UserError(
                 f"{bundle.path} holds {manifest.backend} engines and there is no GPU to run them: "
                 "verify it on its GPU, or with --onnx the graphs that they were compiled from"
             )
         executor = open_executor(bundle, request.device, request.threads)
-        version = (
-            f"ONNX Runtime {onnxruntime.__version__}"
-            if manifest.backend == "onnxruntime"
-            else f"{manifest.backend} {manifest.backend_version}"
-        )
-        ran = f"{version}, {executor.device.type}"
+        backend = BACKENDS[manifest.backend]
+        version = importlib.import_module(backend.module).__version__
+        ran = f"{backend.product} {version}, {executor.device.type}"
     for graph in GRAPH_NAMES:
         executor.load(graph)
     return BundleImplementation(str(bundle.path), Pipeline(manifest, schedule, executor)), ran

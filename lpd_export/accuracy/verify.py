@@ -39,6 +39,7 @@ from lpd_export.accuracy.thresholds import Limits
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder
+from lpd_export.formats import PRECISIONS, QUANTIZED
 from lpd_export.precision.calibration import spread_labels
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import check_threads
@@ -87,10 +88,10 @@ def verify(request: VerifyRequest, report: Report) -> Verification:
     start = time.perf_counter()
     check_request(request)
     bundle = Bundle.open(request.sides.bundle)
-    if request.bisect and bundle.manifest.precision != "int8":
+    if request.bisect and not PRECISIONS[bundle.manifest.precision].quantization:
         raise UserError(
-            f"--bisect finds the layers that int8 must spare, and {bundle.path} is "
-            f"{bundle.manifest.precision}: build one with --precision int8"
+            f"--bisect finds the layers that quantization must leave out, and {bundle.path} is "
+            f"{bundle.manifest.precision}: build one with --precision {' or '.join(QUANTIZED)}"
         )
     task = make_task(bundle, request.images, request.seed)
     names = phase_names(task)

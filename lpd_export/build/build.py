@@ -52,8 +52,8 @@ from lpd_export.bundle.manifest import (
 )
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
+from lpd_export.formats import BACKENDS, PRECISIONS
 from lpd_export.graphs import contract, export
-from lpd_export.precision.casting import FLOAT_TYPES, compute_precision
 from lpd_export.precision.portable import portable_graphs
 from lpd_export.precision.writer import PrecisionWriter, read_kept_layers
 from lpd_export.progress import Progress, Report
@@ -63,13 +63,6 @@ from lpd_reference.checkpoint import lasting_source
 
 DEFAULT_MAX_BATCH = 8
 """The largest batch that engines are built for, unless --max-batch says otherwise."""
-CHECK_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2, "int8": 0.2}
-"""How far a graph's output may be from the reference's, of its norm.
-
-FP32 and FP16 are some twenty to a thousand times their roundoff away from it in a deep model; BF16
-has 8 times the roundoff of FP16, and INT8 levels of 1/127 of a channel's largest value.
-A look at whether the graphs were written right; how close they are is `lpd-export verify`'s to say.
-"""
 
 
 def build(
@@ -105,7 +98,7 @@ def build(
         # Weights twice in memory are enough: the reference goes before the graphs are loaded.
         del source
         gc.collect()
-        if request.precision == "fp32":
+        if PRECISIONS[request.precision].exact:
             exact.rename(onnx_folder)
         else:
             writer = PrecisionWriter(
@@ -116,7 +109,7 @@ def build(
             shutil.rmtree(exact)
         write_phases(onnx_folder, settings, report)
         compare_with_reference(onnx_folder, manifest, settings, check, report)
-        if request.backend != "onnxruntime":
+        if BACKENDS[request.backend].compiles:
             engines = compile_engines(folder, request, settings, report, progress)
             manifest = dataclasses.replace(manifest, engines=engines)
         report("taking checksums")
@@ -255,7 +248,7 @@ def compare_with_reference(
 
     ONNX Runtime's CPU runs them, whatever backend they are for, as `portable` makes them.
     """
-    tolerance = CHECK_TOLERANCES[manifest.precision]
+    tolerance = PRECISIONS[manifest.precision].check_tolerance
     report("comparing the graphs with the reference")
     files = {graph: folder / f"{graph}.onnx" for graph in GRAPH_NAMES}
     scratch = folder.with_name("portable")
@@ -311,12 +304,12 @@ def describe(request: BuildRequest, source: Source, settings: Settings) -> Manif
         tokenizer=described(TokenizerDescription, vq),
         resolution=source.resolution,
         precision=request.precision,
-        float_type=FLOAT_TYPES[compute_precision(request.precision, request.backend)],
+        float_type=PRECISIONS[request.precision].float_type(request.backend).torch,
         backend=request.backend,
         backend_version=backend_version(request.backend),
         target_compute_capabilities=list(request.compute_capability),
         max_batch=request.max_batch
-        or (None if request.backend == "onnxruntime" else DEFAULT_MAX_BATCH),
+        or (DEFAULT_MAX_BATCH if BACKENDS[request.backend].compiles else None),
         phases=list(settings.phases),
         phase_rows=settings.phase_rows,
         cfg=settings.cfg,
@@ -330,9 +323,9 @@ def describe(request: BuildRequest, source: Source, settings: Settings) -> Manif
 
 
 def backend_version(backend: str) -> str:
-    if backend == "onnxruntime":
-        return str(onnxruntime.__version__)
-    return str(engine.load_tensorrt(backend).__version__)
+    if BACKENDS[backend].compiles:
+        return str(engine.load_tensorrt(backend).__version__)
+    return str(onnxruntime.__version__)
 
 
 def describe_making(request: BuildRequest, source: Source) -> Made:

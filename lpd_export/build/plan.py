@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lpd_export.build.build import DEFAULT_MAX_BATCH
 from lpd_export.build.request import BuildRequest
@@ -25,6 +26,7 @@ from lpd_export.build.settings import (
 )
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, SCHEDULE, check_destination
 from lpd_export.errors import UserError
+from lpd_export.formats import BACKENDS, PRECISIONS
 from lpd_export.progress import Report
 from lpd_reference.checkpoint import CheckpointError, is_here
 from lpd_reference.lpd import LPD
@@ -49,7 +51,7 @@ class Plan:
     guidance: str
     files: list[str]
     weight_bytes: int
-    """Of the weights in the graphs; at most, where a precision keeps some layers apart."""
+    """Of the weights in the graphs, if no layer is left out of quantization."""
     memory_bytes: int
     """What the build needs besides the loaded model."""
     disk_bytes: int
@@ -65,7 +67,7 @@ class Plan:
         batches = f", batches of up to {self.max_batch}" if self.max_batch else ""
         yield f"  precision  {self.precision}, for {self.backend}{batches}"
         yield f"  guidance   {self.cfg:g}, {self.guidance}"
-        yield f"  weights    up to {self.weight_bytes / 1e6:.0f} MB"
+        yield f"  weights    about {self.weight_bytes / 1e6:.0f} MB"
         phases = [name for name in self.files if name.startswith("onnx/phase_")]
         others = [name for name in self.files if name not in phases]
         yield f"  files      {', '.join(others)}, and {len(phases)} static phases"
@@ -90,8 +92,7 @@ def plan(request: BuildRequest, report: Report = lambda stage: None) -> Plan:
     check_destination(settings.out, request.force)
     config, parameters = source.model.config, [source.model, source.tokenizer]
     memory, disk = needed_room(request, source)
-    count = sum(weight.numel() for model in parameters for weight in model.parameters())
-    graphs = () if request.backend == "onnxruntime" else GRAPH_NAMES
+    graphs = GRAPH_NAMES if BACKENDS[request.backend].compiles else ()
     engines = [f"engines/{graph}.engine" for graph in graphs]
     return Plan(
         bundle=str(settings.out),
@@ -115,10 +116,24 @@ def plan(request: BuildRequest, report: Report = lambda stage: None) -> Plan:
             *(f"onnx/{phase.name}.onnx" for phase in settings.phases),
             *engines,
         ],
-        weight_bytes=count * (4 if request.precision == "fp32" else 2),
+        weight_bytes=weight_bytes(parameters, request),
         memory_bytes=memory,
         disk_bytes=disk,
     )
+
+
+def weight_bytes(models: Sequence[nn.Module], request: BuildRequest) -> int:
+    """What the weights take as they are stored."""
+    precision = PRECISIONS[request.precision]
+    size = precision.float_type(request.backend).size
+    total = size * sum(weight.numel() for model in models for weight in model.parameters())
+    if precision.quantization:
+        layers = (layer for model in models for layer in model.modules())
+        count = sum(
+            layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)
+        )
+        total -= int(count * (size - precision.quantization.bits / 8))
+    return total
 
 
 def find(sources: Sequence[str]) -> dict[str, bool]:

@@ -15,6 +15,7 @@ from typing import Any
 from lpd_export.build.published import PUBLISHED, published_settings
 from lpd_export.build.request import HUB_PREFIX, read_recipe
 from lpd_export.errors import UserError
+from lpd_export.formats import TENSORRT
 
 BUNDLES = Path("engines")
 """Where the bundle of a recipe that is given by name goes, in the working folder."""
@@ -42,7 +43,7 @@ def published_recipes() -> dict[str, dict[str, Any]]:
                 "cfg": row.cfg,
                 "repulsion": row.repulsion,
                 "precision": precision,
-                "backend": "tensorrt",
+                "backend": TENSORRT.name,
             }
     return recipes
 

@@ -26,6 +26,7 @@ from pydantic import (
 
 from lpd_export.bounds import Cfg, GuidanceSchedule, Seed
 from lpd_export.errors import UserError
+from lpd_export.formats import BACKENDS, ONNXRUNTIME, PRECISIONS
 
 PATHS = (
     "checkpoint",
@@ -49,8 +50,8 @@ ENGINE_FIELDS = (
 """Settings that only engines have."""
 CHOICES = {
     "guidance": get_args(GuidanceSchedule),
-    "precision": ("fp32", "bf16", "fp16", "int8"),
-    "backend": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
+    "precision": tuple(PRECISIONS),
+    "backend": tuple(BACKENDS),
 }
 
 
@@ -79,7 +80,7 @@ class BuildRequest(BaseModel):
     guidance: GuidanceSchedule = "linear"
     precision: str = "fp32"
     keep_layers: str | None = None
-    backend: str = "onnxruntime"
+    backend: str = ONNXRUNTIME.name
     max_batch: Annotated[int, Field(ge=1, le=4096)] | None = None
     workspace: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None

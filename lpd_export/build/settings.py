@@ -22,6 +22,7 @@ from lpd_export.build.published import (
 from lpd_export.build.request import ENGINE_FIELDS, BuildRequest
 from lpd_export.bundle import classes
 from lpd_export.errors import UserError
+from lpd_export.formats import BACKENDS, ENGINE_BACKENDS, PRECISIONS, QUANTIZED
 from lpd_export.machine.doctor import can_build
 from lpd_export.machine.facts import read_memory
 from lpd_export.progress import Report
@@ -74,14 +75,14 @@ class Settings:
 
 def check_request(request: BuildRequest) -> None:
     """Raises UserError for what contradicts itself or cannot be built by this version."""
-    if request.backend == "onnxruntime":
-        refuse_engine_options(request)
-    else:
+    if BACKENDS[request.backend].compiles:
         engine_options(request)
-    if request.keep_layers and request.precision != "int8":
+    else:
+        refuse_engine_options(request)
+    if request.keep_layers and not PRECISIONS[request.precision].quantization:
         raise UserError(
-            f"--keep-layers says which layers int8 spares: it needs --precision int8, not "
-            f"{request.precision}"
+            "--keep-layers says which layers are not quantized: it needs --precision "
+            f"{' or '.join(QUANTIZED)}, not {request.precision}"
         )
     why_not = can_build(request.precision, request.backend)
     if why_not:
@@ -107,8 +108,8 @@ def refuse_engine_options(request: BuildRequest) -> None:
     for field in ENGINE_FIELDS:
         if getattr(request, field):
             raise UserError(
-                f"--{field.replace('_', '-')} is for engines: it needs --backend tensorrt or "
-                "tensorrt-rtx"
+                f"--{field.replace('_', '-')} is for engines: it needs --backend "
+                f"{' or '.join(ENGINE_BACKENDS)}"
             )
 
 
@@ -258,7 +259,7 @@ def needed_room(request: BuildRequest, source: Source) -> tuple[int, int]:
     weights = sum(
         weight.nbytes for model in (source.model, source.tokenizer) for weight in model.parameters()
     )
-    if request.precision == "fp32" and request.backend == "onnxruntime":
+    if PRECISIONS[request.precision].exact and not BACKENDS[request.backend].compiles:
         return int(EXTRA_MEMORY_FP32 * weights), int(EXTRA_DISK_FP32 * weights)
     return int(EXTRA_MEMORY * weights), int(EXTRA_DISK * weights)
 

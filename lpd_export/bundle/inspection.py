@@ -85,7 +85,7 @@ def calibration_lines(manifest: Manifest) -> Iterator[str]:
         name = "ranges" if graph == "decode" else ""
         yield f"  {name:10} {graph}: at most {worst['magnitude']:.4g}, in {worst['value']}"
     for graph, decision in manifest.calibration.get("quantization", {}).items():
-        name = "int8" if graph == "decode" else ""
+        name = manifest.precision if graph == "decode" else ""
         kept = list(decision["kept"])
         yield (
             f"  {name:10} {graph}: {decision['layers'] - len(kept)} of {decision['layers']} "

@@ -32,6 +32,7 @@ from typing_extensions import TypedDict
 from lpd_export.bounds import Cfg, Digest, GuidanceSchedule
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder, sha256
+from lpd_export.formats import BACKENDS, FLOAT_TYPES, PRECISIONS
 from lpd_export.schedule.schedule import Phase, Schedule, phase_table
 
 FORMAT_VERSION = 1
@@ -183,10 +184,10 @@ class Manifest:
     tokenizer: TokenizerDescription
     resolution: Count
     """Pixels of an image's side."""
-    precision: str
-    float_type: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")]
+    precision: Annotated[str, Field(pattern=f"^({'|'.join(PRECISIONS)})$")]
+    float_type: Annotated[str, Field(pattern=f"^({'|'.join(FLOAT_TYPES)})$")]
     """Of the graphs' float inputs and outputs, as torch names it."""
-    backend: Annotated[str, Field(pattern="^(onnxruntime|tensorrt|tensorrt-rtx)$")]
+    backend: Annotated[str, Field(pattern=f"^({'|'.join(BACKENDS)})$")]
     backend_version: str
     target_compute_capabilities: list[str]
     max_batch: Count | None
@@ -272,7 +273,7 @@ class Manifest:
     def buffer_bytes(self, batch: int) -> int:
         """What caches and logits of a batch take at run time, guidance included."""
         model = self.model
-        size = 4 if self.float_type == "float32" else 2
+        size = FLOAT_TYPES[self.float_type].size
         caches = 2 * model.depth * model.heads * (model.grid**2 + 1) * model.head_dim * size
         logits = 4 * max(phase.queries for phase in self.phases) * model.vocab_size
         return 2 * batch * (caches + logits)

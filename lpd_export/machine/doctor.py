@@ -9,13 +9,24 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lpd_export.build.request import CHOICES
+from lpd_export.formats import (
+    BACKENDS,
+    CPU,
+    CUDA,
+    ONNXRUNTIME,
+    PRECISIONS,
+    RTX,
+    TENSORRT,
+    TENSORRT_RTX,
+    TRT,
+)
+from lpd_export.formats import Target as Place
 from lpd_export.machine.facts import (
     PACKAGES,
     Facts,
@@ -44,25 +55,18 @@ class Need(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A backend on a device, and what it needs."""
+    """A backend on a device, and what it needs; which precisions it takes is in `formats`."""
 
-    backend: str
-    device: str
-    capabilities: Mapping[str, str]
-    """By precision the least compute capability of the GPU; "" where no GPU takes part."""
-    otherwise: str
-    """Why the other precisions do not work, and what to use instead."""
+    place: Place
     build: tuple[Need, ...]
     run: tuple[Need, ...]
-    notes: Mapping[str, str]
-    """By precision what to know although it works."""
 
     @property
     def title(self) -> str:
         """As the command line calls it, with the device where it leaves a choice."""
-        if self.backend != "onnxruntime":
-            return self.backend
-        return f"{self.backend}, {self.device.upper()}"
+        backend, device = self.place
+        several = sum(target.place[0] == backend for target in TARGETS) > 1
+        return f"{backend}, {device.upper()}" if several else backend
 
 
 def _package(module: str) -> Need:
@@ -118,7 +122,7 @@ def _no_rtx_gpu(facts: Facts, least: str) -> str | None:
 
 
 def _no_cuda_provider(facts: Facts, least: str) -> str | None:
-    if not facts.gpus or not facts.packages.get("onnxruntime", Package()).version:
+    if not facts.gpus or not facts.packages.get(ONNXRUNTIME.module, Package()).version:
         return None  # which is said already
     if "CUDAExecutionProvider" not in facts.providers:
         return (
@@ -141,55 +145,30 @@ GPU = Need(("torch", "nvidia"), _no_gpu)
 GPU_FOR_TORCH = Need(("torch", "nvidia"), _no_gpu_for_torch)
 RTX_GPU = Need(("torch", "nvidia", "tensorrt_rtx"), _no_rtx_gpu)
 CUDA_PROVIDER = Need(("torch", "nvidia", "onnxruntime", "cuda_provider"), _no_cuda_provider)
-SLOW_FP32 = {"fp32": "attention is not fused in fp32: fp16 and bf16 are faster"}
 
 TARGETS = (
     Target(
-        "onnxruntime",
-        "cpu",
-        {"fp32": "", "fp16": "", "int8": ""},
-        "ONNX Runtime's CPU provider loads no bf16: use fp16, or tensorrt or tensorrt-rtx",
-        build=(_package("onnxruntime"),),
-        run=(_package("torch"), _package("onnxruntime")),
-        notes={
-            "fp16": "computed through casts to fp32: smaller than fp32, not faster",
-            "int8": "the fastest on a CPU",
-        },
+        CPU,
+        build=(_package(ONNXRUNTIME.module),),
+        run=(_package("torch"), _package(ONNXRUNTIME.module)),
     ),
     Target(
-        "onnxruntime",
-        "cuda",
-        {"fp32": "7.5", "fp16": "7.5", "int8": "7.5"},
-        # Its Resize, which the tokenizer's decoder uses, has no kernel for bf16.
-        "ONNX Runtime's CUDA provider cannot decode images in bf16: use fp16, or tensorrt",
-        build=(_package("onnxruntime"),),
-        run=(_package("torch"), _package("onnxruntime"), GPU_FOR_TORCH, CUDA_PROVIDER),
-        notes={},
+        CUDA,
+        build=(_package(ONNXRUNTIME.module),),
+        run=(_package("torch"), _package(ONNXRUNTIME.module), GPU_FOR_TORCH, CUDA_PROVIDER),
     ),
     Target(
-        "tensorrt",
-        "cuda",
-        {"fp32": "7.5", "bf16": "8.0", "fp16": "7.5", "int8": "7.5"},
-        "",
-        build=(_package("tensorrt"), _package("polygraphy"), GPU),
-        run=(_package("torch"), _package("tensorrt"), GPU_FOR_TORCH),
-        notes=SLOW_FP32,
+        TRT,
+        build=(_package(TENSORRT.module), _package("polygraphy"), GPU),
+        run=(_package("torch"), _package(TENSORRT.module), GPU_FOR_TORCH),
     ),
     Target(
-        "tensorrt-rtx",
-        "cuda",
-        {"fp32": "7.5", "bf16": "8.0", "fp16": "7.5", "int8": "8.0"},
-        "",
-        build=(_package("tensorrt_rtx"), _package("polygraphy")),  # no GPU takes part
-        run=(_package("torch"), _package("tensorrt_rtx"), GPU_FOR_TORCH, RTX_GPU),
-        notes=SLOW_FP32
-        | {
-            "int8": "its documentation names INT8 for weights alone: INT8 activations compile, how "
-            "fast they run is documented nowhere, so measure against fp16"
-        },
+        RTX,
+        build=(_package(TENSORRT_RTX.module), _package("polygraphy")),  # no GPU takes part
+        run=(_package("torch"), _package(TENSORRT_RTX.module), GPU_FOR_TORCH, RTX_GPU),
     ),
 )
-"""All that is known of what needs what."""
+"""What each needs."""
 
 
 @dataclass(frozen=True)
@@ -217,14 +196,13 @@ def abilities(facts: Facts) -> tuple[Ability, ...]:
     return tuple(
         Ability(
             precision,
-            target.backend,
-            target.device,
+            *target.place,
             _answer(target, target.build, precision, facts),
             _answer(target, target.run, precision, facts),
-            target.notes.get(precision),
+            PRECISIONS[precision].support[target.place].note or None,
         )
         for target in TARGETS
-        for precision in CHOICES["precision"]
+        for precision in PRECISIONS
     )
 
 
@@ -244,9 +222,9 @@ def can_run(precision: str, backend: str, facts: Facts | None = None) -> str | N
 def _why_not(precision: str, backend: str, facts: Facts | None, verb: str) -> str | None:
     first = None
     for target in TARGETS:
-        if target.backend == backend:
+        if target.place[0] == backend:
             needs: tuple[Need, ...] = getattr(target, verb)
-            if facts is None and precision in target.capabilities:
+            if facts is None and not PRECISIONS[precision].support[target.place].refused:
                 seen = look({subject for need in needs for subject in need.subjects})
             else:
                 seen = facts or Facts()
@@ -258,10 +236,10 @@ def _why_not(precision: str, backend: str, facts: Facts | None, verb: str) -> st
 
 
 def _answer(target: Target, needs: Iterable[Need], precision: str, facts: Facts) -> Answer:
-    least = target.capabilities.get(precision)
-    if least is None:
-        return Answer(False, (target.otherwise,))
-    missing = tuple(lack for need in needs if (lack := need.missing(facts, least)))
+    support = PRECISIONS[precision].support[target.place]
+    if support.refused:
+        return Answer(False, (support.refused,))
+    missing = tuple(lack for need in needs if (lack := need.missing(facts, support.capability)))
     return Answer(not missing, missing)
 
 
@@ -315,7 +293,7 @@ def report_lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield from _wrapped(f"  {name:14} ", value)
     yield ""
     yield "What can be built and run here"
-    precisions = CHOICES["precision"]
+    precisions = PRECISIONS
     yield f"  {'':18}" + "".join(f"{precision:14}" for precision in precisions).rstrip()
     yield f"  {'':18}" + ("build  run".ljust(14) * len(precisions)).rstrip()
     for target in TARGETS:
@@ -363,12 +341,8 @@ def _fact_lines(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     driver_cuda = f"the driver runs up to {facts.driver_cuda}" if facts.driver_cuda else ""
     torch_cuda = f"torch has {facts.torch_cuda}" if facts.torch_cuda else ""
     yield "CUDA", ", ".join(filter(None, (driver_cuda, torch_cuda))) or "none found"
-    for module, name in (
-        ("tensorrt", "TensorRT"),
-        ("tensorrt_rtx", "TensorRT-RTX"),
-        ("polygraphy", "Polygraphy"),
-        ("onnxruntime", "ONNX Runtime"),
-    ):
+    products = {backend.module: backend.product for backend in BACKENDS.values()}
+    for module, name in (products | {"polygraphy": "Polygraphy"}).items():
         yield name, _package_line(facts.packages.get(module, Package()))
     for provider in facts.providers:
         problem = facts.cuda_provider_problem if provider.startswith("CUDA") else None
@@ -400,8 +374,7 @@ def _yes(answer: Answer) -> str:
 
 
 def _of(diagnosis: Diagnosis, target: Target) -> list[Ability]:
-    cell = (target.backend, target.device)
-    return [a for a in diagnosis.abilities if (a.backend, a.device) == cell]
+    return [a for a in diagnosis.abilities if (a.backend, a.device) == target.place]
 
 
 def _reasons(row: list[Ability]) -> Iterator[str]:

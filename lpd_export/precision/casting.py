@@ -18,18 +18,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lpd_export.errors import UserError
+from lpd_export.formats import PRECISIONS, FloatType
 from lpd_export.graphs.contract import LOGITS
 
 FLOAT = ir.DataType.FLOAT
-COMPUTE_TYPES = {
-    "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-}
-FLOAT_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""What torch and the manifest call each type."""
-LARGEST = {"fp16": float(np.finfo(np.float16).max), "bf16": float(ml_dtypes.finfo("bfloat16").max)}
-"""The largest finite number of each type."""
 HEADROOM = 2
 """How much larger than measured a value may become: only some images were measured."""
 NUMPY_TYPES = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
@@ -39,22 +31,12 @@ FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that an operator takes in FP32 whatever its data's type: roi and scales of Resize."""
 
 
-def compute_precision(precision: str, backend: str) -> str:
-    """The float precision of a graph's activations, inputs and caches.
-
-    Around INT8 that is FP16 for TensorRT and FP32 for ONNX Runtime, whose CPU has no FP16.
-    """
-    if precision != "int8":
-        return precision
-    return "fp32" if backend == "onnxruntime" else "fp16"
-
-
-def lower(model: ir.Model, precision: str) -> None:
-    """Changes an FP32 graph to compute in `precision`, in place.
+def lower(model: ir.Model, float_type: FloatType) -> None:
+    """Changes an FP32 graph to compute in `float_type`, in place.
 
     `logits` stay an FP32 output.
     """
-    compute = COMPUTE_TYPES[precision]
+    compute = ir.DataType[float_type.onnx]
     if compute == FLOAT:
         return
     graph = model.graph
@@ -147,17 +129,17 @@ def _output_in_float(graph: ir.Graph, value: ir.Value) -> None:
     graph.outputs[list(graph.outputs).index(value)] = cast.outputs[0]
 
 
-def check_ranges(ranges: Mapping[str, Mapping[str, float]], precision: str) -> None:
-    """Refuses a precision in which some value comes within HEADROOM of becoming infinite.
+def check_ranges(ranges: Mapping[str, Mapping[str, float]], float_type: FloatType) -> None:
+    """Refuses a type in which some value comes within HEADROOM of becoming infinite.
 
     Args:
         ranges: the largest magnitude of each value by name, for each graph, computed in FP32.
-        precision: fp16 or bf16.
+        float_type: of the graphs.
 
     Raises:
         UserError: naming the worst value, where it is computed, and its range.
     """
-    limit = LARGEST[precision]
+    limit = float_type.largest
     too_large = [
         (magnitude, graph, name)
         for graph, values in ranges.items()
@@ -169,9 +151,14 @@ def check_ranges(ranges: Mapping[str, Mapping[str, float]], precision: str) -> N
     magnitude, graph, name = max(too_large, key=lambda entry: (math.isnan(entry[0]), entry[0]))
     count = len(too_large)
     others = f" ({count - 1} other values as well)" if count > 1 else ""
-    instead = "bf16 or fp32" if precision == "fp16" else "fp32"
+    wider = [
+        name
+        for name, row in PRECISIONS.items()
+        if row.throughout and row.throughout.largest > limit
+    ]
     raise UserError(
-        f"{precision} cannot hold this model: {name} of {graph}.onnx reaches {magnitude:.4g}, the "
-        f"type ends at {limit:.5g}, and room for {HEADROOM} times as much is wanted, as other "
-        f"images may have larger values{others}; use --precision {instead}"
+        f"{float_type.name} cannot hold this model: {name} of {graph}.onnx reaches "
+        f"{magnitude:.4g}, the type ends at {limit:.5g}, and room for {HEADROOM} times as much is "
+        f"wanted, as other images may have larger values{others}; use --precision "
+        f"{' or '.join(wider)}"
     )

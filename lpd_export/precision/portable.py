@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, Manifest
+from lpd_export.formats import BACKENDS, BFLOAT16, PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.runtime.pipeline import WEIGHTS
 
-FLOAT, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
+FLOAT, BF16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 MIDDLE = 128
 """The unsigned level of a signed 0."""
 
@@ -40,8 +41,13 @@ def portable_graphs(
     files: dict[str, Path], manifest: Manifest, scratch: Path
 ) -> tuple[dict[str, Path], str]:
     """As `portable_files`, of graphs that are no bundle yet: `files` by graph, as in `manifest`."""
-    bf16 = manifest.float_type == "bfloat16"
-    signed = manifest.precision == "int8" and manifest.backend != "onnxruntime"
+    bf16 = manifest.float_type == BFLOAT16.torch
+    quantization = PRECISIONS[manifest.precision].quantization
+    signed = (
+        quantization is not None
+        and quantization.activations == "INT8"
+        and not BACKENDS[manifest.backend].unsigned
+    )
     if not bf16 and not signed:
         return files, ""
     models = {graph: ir.load(file) for graph, file in files.items()}
@@ -63,29 +69,29 @@ def round_to_bf16(model: ir.Model) -> None:
     """
     graph = model.graph
     for value in graph.initializers.values():
-        if value.dtype == BFLOAT16:
+        if value.dtype == BF16:
             assert value.const_value is not None
             content = value.const_value.numpy().astype(np.float32)
             value.const_value = ir.Tensor(content, dtype=FLOAT, name=value.name)
             value.dtype = FLOAT
     for node in list(graph):
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == BFLOAT16:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == BF16:
             node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
         for output in node.outputs:
-            if output.dtype == BFLOAT16:
+            if output.dtype == BF16:
                 output.dtype = FLOAT
                 _round(graph, output, node)
     for value in graph.inputs:
-        if value.dtype == BFLOAT16:
+        if value.dtype == BF16:
             value.dtype = FLOAT
             _round(graph, value, None)
 
 
 def _round(graph: ir.Graph, value: ir.Value, producer: ir.Node | None) -> None:
     """Lets everything that uses a value use it rounded to BF16."""
-    down = ir.node("Cast", [value], {"to": int(BFLOAT16)}, name=f"{value.name}/ToBF16")
+    down = ir.node("Cast", [value], {"to": int(BF16)}, name=f"{value.name}/ToBF16")
     up = ir.node("Cast", down.outputs, {"to": int(FLOAT)}, name=f"{value.name}/FromBF16")
-    down.outputs[0].dtype, up.outputs[0].dtype = BFLOAT16, FLOAT
+    down.outputs[0].dtype, up.outputs[0].dtype = BF16, FLOAT
     down.outputs[0].shape = up.outputs[0].shape = value.shape
     name, rounded = value.name, up.outputs[0]
     ir.convenience.replace_all_uses_with(value, rounded, replace_graph_outputs=producer is not None)

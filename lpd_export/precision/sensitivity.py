@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lpd_export.bundle.manifest import Manifest
 from lpd_export.errors import UserError
+from lpd_export.formats import FLOAT32, PRECISIONS, FloatType
 from lpd_export.graphs import export
 from lpd_export.precision.calibration import (
     SEED,
@@ -28,7 +29,7 @@ from lpd_export.precision.calibration import (
     calibration_images,
     spread_labels,
 )
-from lpd_export.precision.casting import FLOAT_TYPES, compute_precision, lower
+from lpd_export.precision.casting import lower
 from lpd_export.precision.quantization import quantize
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -84,13 +85,13 @@ class Chooser:
     """
 
     def __init__(self, graphs: Path, scratch: Path, manifest: Manifest, schedule: Schedule) -> None:
-        self._around = compute_precision(manifest.precision, manifest.backend)
+        self._float_type = PRECISIONS[manifest.precision].float_type(manifest.backend)
         self._graphs = graphs
         self._scratch = scratch
         # These graphs take any batch, whatever engines are to take.
         self._manifest = dataclasses.replace(manifest, max_batch=None)
         self._schedule = schedule
-        exact = self._pipeline(graphs, "fp32")
+        exact = self._pipeline(graphs, FLOAT32)
         count = calibration_images(manifest.resolution)
         labels: list[int | str | None] = [*spread_labels(manifest.model.num_classes, count)]
         # Not the images of the calibration, which the ranges fit best.
@@ -99,9 +100,9 @@ class Chooser:
         self._pixels = self._decode_images(exact)
         self._indices = exact.tokenize(self._pixels)
 
-    def _pipeline(self, folder: Path, around: str) -> Pipeline:
+    def _pipeline(self, folder: Path, float_type: FloatType) -> Pipeline:
         files = {name: folder / f"{name}.onnx" for name in TARGETS}
-        executor = OnnxRuntimeExecutor(files, getattr(torch, FLOAT_TYPES[around]))
+        executor = OnnxRuntimeExecutor(files, getattr(torch, float_type.torch))
         return Pipeline(self._manifest, self._schedule, executor)
 
     def _decode_images(self, pipeline: Pipeline) -> np.ndarray:
@@ -154,10 +155,10 @@ class Chooser:
     def _try(self, graph: str, ranges: Mapping[str, float]) -> float:
         """The target's measure with these layers quantized."""
         model = ir.load(self._graphs / f"{graph}.onnx")
-        lower(model, self._around)
+        lower(model, self._float_type)
         quantize(model, ranges, unsigned=True)
         export.write_models({graph: model}, self._scratch)
-        trial = self._pipeline(self._scratch, self._around)
+        trial = self._pipeline(self._scratch, self._float_type)
         measure = {"decode": self._kl, "detokenize": self._psnr, "tokenize": self._agreement}
         value = measure[graph](trial)
         for file in self._scratch.iterdir():

@@ -23,6 +23,7 @@ from lpd_export import __version__
 from lpd_export.bundle.manifest import GRAPH_NAMES, CalibrationRecord, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256, write_atomically
+from lpd_export.formats import BACKENDS, FLOAT32, PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision import calibration as calibration_module
 from lpd_export.precision import quantization
@@ -33,7 +34,7 @@ from lpd_export.precision.calibration import (
     Calibrator,
     calibration_images,
 )
-from lpd_export.precision.casting import check_ranges, compute_precision, lower
+from lpd_export.precision.casting import check_ranges, lower
 from lpd_export.precision.quantization import CLIPPING, LEVELS, quantize
 from lpd_export.precision.sensitivity import Chooser
 from lpd_export.progress import Report
@@ -76,19 +77,19 @@ class PrecisionWriter:
         Raises:
             UserError: if the precision cannot hold the model.
         """
-        precision, backend = self.manifest.precision, self.manifest.backend
-        around = compute_precision(precision, backend)
+        precision, backend = PRECISIONS[self.manifest.precision], self.manifest.backend
+        float_type, quantizes = precision.float_type(backend), precision.quantization is not None
         self.scratch.mkdir()
         calibration = calibrate(
-            self.exact, self.scratch, self.manifest, self.schedule, precision == "int8", report
+            self.exact, self.scratch, self.manifest, self.schedule, quantizes, report
         )
-        if around != "fp32":
-            check_ranges(calibration.ranges, around)
+        if float_type != FLOAT32:
+            check_ranges(calibration.ranges, float_type)
         quantized: dict[str, dict[str, float]] = {}
         decided: CalibrationRecord = {"largest_values": largest_values(calibration)}
-        if precision == "int8":
+        if quantizes:
             check_kept_layers(self.kept_layers, calibration.layers)
-            report("measuring which layers int8 must spare")
+            report(f"measuring which layers {precision.name} must spare")
             chooser = Chooser(self.exact, self.scratch, self.manifest, self.schedule)
             decided["quantization"] = {}
             for graph, layers in calibration.layers.items():
@@ -99,11 +100,11 @@ class PrecisionWriter:
                 quantized[graph], decision = chosen
                 decided["quantization"][graph] = dataclasses.asdict(decision)  # type: ignore[assignment]
         shutil.rmtree(self.scratch)
-        report(f"writing {precision} weights")
+        report(f"writing {precision.name} weights")
         models = {graph: ir.load(self.exact / f"{graph}.onnx") for graph in GRAPH_NAMES}
         for graph, model in models.items():
-            lower(model, around)
-            quantize(model, quantized.get(graph, {}), backend == "onnxruntime")
+            lower(model, float_type)
+            quantize(model, quantized.get(graph, {}), BACKENDS[backend].unsigned)
         out.mkdir()
         export.write_models(models, out)
         return decided

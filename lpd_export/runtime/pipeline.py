@@ -21,6 +21,7 @@ from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
+from lpd_export.formats import BACKENDS
 from lpd_export.graphs.contract import IMAGE, INDICES
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.machine.facts import read_memory
@@ -518,7 +519,7 @@ def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Ex
     manifest = bundle.manifest
     float_type = getattr(torch, manifest.float_type)
     graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
-    if manifest.backend == "onnxruntime":
+    if not BACKENDS[manifest.backend].compiles:
         bundle.file(WEIGHTS)
         files = {graph: bundle.file(name) for graph, name in graphs.items()}
         return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads)

@@ -432,7 +432,8 @@ def test_only_int8_spares_layers(int8_build: list[object], tmp_path: Path, preci
     file.write_text("{}")
     command = [*int8_build[:-1], precision, "--keep-layers", file, "--out", tmp_path / "out"]
     assert mistake(*command) == (
-        f"--keep-layers says which layers int8 spares: it needs --precision int8, not {precision}"
+        "--keep-layers says which layers are not quantized: it needs --precision int8, not "
+        f"{precision}"
     )
     assert entries(tmp_path) == ["layers.json"]
 

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import golden
+from lpd_export import formats
 from lpd_export.build import engine
 from lpd_export.build.engine import (
     AxisRange,
@@ -82,7 +83,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     def lowered(name: str, precision: str) -> Path:
         models = {path.stem: ir.load(path) for path in sorted(exported(name).glob("*.onnx"))}
         for model in models.values():
-            lower(model, precision)
+            lower(model, formats.PRECISIONS[precision].throughout)
         folder = tmp_path_factory.mktemp(f"{name}_{precision}")
         export.write_models(models, folder)
         export.write_phases(folder, phase_table(SIZES), rows=2)
@@ -293,7 +294,7 @@ def test_heads_without_a_fused_kernel_are_refused(
             dim=heads * width, depth=1, heads=heads, grid=4, num_classes=5, vocab_size=64
         )
         model = export.export_decode(LPD(config).initialize(0).eval())
-        lower(model, precision)
+        lower(model, formats.PRECISIONS[precision].throughout)
         export.write_models({"decode": model}, tmp_path)
         compile_decode(tmp_path, tmp_path / "log")
 
@@ -457,7 +458,7 @@ def test_a_weight_stripped_engine_without_a_gpu_is_refused(wide: Path, tmp_path:
 def test_a_weight_stripped_engine_is_smaller(tmp_path: Path) -> None:
     config = LPDConfig(dim=512, depth=2, heads=8, grid=4, num_classes=5, vocab_size=1024)
     model = export.export_decode(LPD(config).initialize(0).eval())
-    lower(model, "fp16")
+    lower(model, formats.FLOAT16)
     export.write_models({"decode": model}, tmp_path)
     weights = (tmp_path / export.WEIGHTS_FILE).stat().st_size
     stripped = EngineOptions("tensorrt-rtx", weight_stripped=True)
@@ -528,7 +529,7 @@ def test_what_tensorrt_prints_past_its_logger_is_in_the_log(
     """Myelin writes why it gives up to standard error itself; after it, ours is there again."""
     config = LPDConfig(dim=64, depth=1, heads=1, grid=4, num_classes=5, vocab_size=64)
     model = export.export_decode(LPD(config).initialize(0).eval())
-    lower(model, "fp16")
+    lower(model, formats.FLOAT16)
     export.write_models({"decode": model}, tmp_path)
     os.write(2, b"before\n")
     refusal(tmp_path / "decode.onnx", tmp_path / "log")

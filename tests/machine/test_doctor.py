@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpd_export.build.request import CHOICES
+from lpd_export.formats import BACKENDS, PRECISIONS, TRT
 from lpd_export.machine.doctor import (
     TARGETS,
     Diagnosis,
@@ -123,7 +123,7 @@ def test_without_a_gpu_engines_for_rtx_are_still_built() -> None:
     }
     for target in TARGETS[1:]:
         # The cause alone, not what follows from it.
-        assert lacks(NO_GPU, target.backend, target.device, "fp16", "run") == (
+        assert lacks(NO_GPU, *target.place, "fp16", "run") == (
             "no NVIDIA GPU was found: use a machine that has one",
         )
 
@@ -166,8 +166,8 @@ def test_a_missing_package(
 def test_a_missing_package_is_not_missed_elsewhere() -> None:
     facts = with_packages(ADA, tensorrt=Package())
     for target in TARGETS:
-        if target.backend != "tensorrt":
-            assert lacks(facts, target.backend, target.device, "fp16", "run") == ()
+        if target.place != TRT:
+            assert lacks(facts, *target.place, "fp16", "run") == ()
 
 
 def test_bf16_needs_an_engine() -> None:
@@ -184,9 +184,9 @@ def test_a_gpu_that_torch_cannot_use() -> None:
         torch_gpu_problem="it is a CPU build",
     )
     for target in TARGETS[1:]:
-        (lack,) = lacks(facts, target.backend, target.device, "fp16", "run")
+        (lack,) = lacks(facts, *target.place, "fp16", "run")
         assert lack.startswith("torch 2.13.0+cpu is a CPU build, which cannot use the GPU: pip ")
-        assert lacks(facts, target.backend, target.device, "fp16", "build") == ()
+        assert lacks(facts, *target.place, "fp16", "build") == ()
     old_driver = dataclasses.replace(ADA, torch_gpu_problem="The NVIDIA driver is too old")
     (lack,) = lacks(old_driver, "tensorrt", "cuda", "fp16", "run")
     assert lack.startswith("torch cannot use the GPU (The NVIDIA driver is too old): ")
@@ -257,12 +257,14 @@ def test_whether_a_build_can_be_run_is_one_question() -> None:
     assert "loads no bf16: use fp16" in (can_build("bf16", "onnxruntime", ADA) or "")
 
 
-def test_the_table_has_every_precision_and_backend() -> None:
-    assert {target.backend for target in TARGETS} == set(CHOICES["backend"])
-    for target in TARGETS:
-        assert set(target.capabilities) <= set(CHOICES["precision"])
-        assert set(target.notes) <= set(target.capabilities)
-        assert target.otherwise or set(target.capabilities) == set(CHOICES["precision"])
+def test_every_precision_says_of_every_place_whether_it_is_taken() -> None:
+    places = [target.place for target in TARGETS]
+    assert {backend for backend, _ in places} == set(BACKENDS)
+    for precision in PRECISIONS.values():
+        assert set(precision.support) == set(places)
+        for (_, device), support in precision.support.items():
+            assert not (support.refused and (support.capability or support.note))
+            assert support.refused or bool(support.capability) == (device == "cuda")
 
 
 # ---------------------------------------------------------------------------- this machine
@@ -291,10 +293,7 @@ def test_what_is_not_here(here: Diagnosis) -> None:
     assert here.facts.torch_gpu_problem
     assert here.facts.cuda_provider_problem
     for target in TARGETS[1:]:
-        assert all(
-            lacks(here.facts, target.backend, target.device, precision, "run")
-            for precision in CHOICES["precision"]
-        )
+        assert all(lacks(here.facts, *target.place, precision, "run") for precision in PRECISIONS)
     if here.facts.packages["tensorrt"].version is None:
         assert "pip install tensorrt" in (can_build("fp16", "tensorrt") or "")
     if here.facts.packages["tensorrt_rtx"].version:

@@ -25,6 +25,7 @@ from lpd_export.accuracy.implementations import round_to_bf16 as rounded
 from lpd_export.accuracy.thresholds import Limits
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.errors import UserError
+from lpd_export.formats import FLOAT16, FLOAT32, FloatType
 from lpd_export.graphs import export
 from lpd_export.precision.casting import lower
 from lpd_export.precision.portable import make_activations_unsigned, portable_files, round_to_bf16
@@ -367,14 +368,14 @@ def test_an_unsigned_product_is_what_signed_integers_give(
     np.testing.assert_allclose(out, integers * step * scales, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("around", ["fp32", "fp16"])
+@pytest.mark.parametrize("around", [FLOAT32, FLOAT16])
 @pytest.mark.parametrize("graph", GRAPH_NAMES)
 def test_unsigned_activations_have_the_levels_of_signed_ones(
-    exact: Path, weights: Path, tmp_path: Path, graph: str, around: str
+    exact: Path, weights: Path, tmp_path: Path, graph: str, around: FloatType
 ) -> None:
     """In every layer of a graph: the outputs are the same, and those of a build for the CPU."""
     inputs = graph_inputs(graph, weights)
-    if around == "fp16":
+    if around == FLOAT16:
         lowest = np.finfo(np.float16).min  # the mask's is FP32's
         inputs |= {
             name: np.maximum(array, lowest).astype(np.float16)

@@ -21,6 +21,7 @@ from lpd_export import Pipeline, UserError
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest, read_recipe
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, CalibrationRecord
+from lpd_export.formats import BFLOAT16, FLOAT16, PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision import quantization, writer
 from lpd_export.precision.calibration import (
@@ -31,7 +32,7 @@ from lpd_export.precision.calibration import (
     largest_magnitudes,
     spread_labels,
 )
-from lpd_export.precision.casting import LARGEST, check_ranges, lower
+from lpd_export.precision.casting import check_ranges, lower
 from lpd_export.precision.quantization import (
     LEVELS,
     quantizable_layers,
@@ -84,7 +85,7 @@ def test_everything_is_in_the_compute_type_but_what_is_delicate(
 ) -> None:
     lowered = models(emoji_bundle)
     for model in lowered.values():
-        lower(model, precision)
+        lower(model, PRECISIONS[precision].throughout)
     export.write_models(lowered, tmp_path)
     for graph in GRAPH_NAMES:
         export.check_model(tmp_path / f"{graph}.onnx")
@@ -117,7 +118,7 @@ def test_a_head_too_wide_for_fused_attention_has_its_softmax_in_float(tmp_path: 
     node.outputs[0].shape = shape
     graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24}, name="test")
     model = ir.Model(graph, ir_version=10)
-    lower(model, "fp16")
+    lower(model, FLOAT16)
     operators = [n.op_type for n in model.graph]
     at = operators.index("Softmax")
     assert operators[at - 1 : at + 2] == ["Cast", "Softmax", "Cast"]
@@ -173,14 +174,14 @@ def test_largest_magnitudes_are_the_largest_magnitudes(tmp_path: Path) -> None:
 def test_overflow_is_refused_and_named() -> None:
     ranges = {"decode": {"a": 10.0, "blocks.3.fc1/MatMul": 70000.0}, "detokenize": {"b": 32752.0}}
     with pytest.raises(UserError, match=r"blocks\.3\.fc1/MatMul of decode\.onnx reaches 7e\+04"):
-        check_ranges(ranges, "fp16")
-    check_ranges(ranges, "bf16")
-    check_ranges({"decode": {"a": LARGEST["fp16"] / 2}}, "fp16")
+        check_ranges(ranges, FLOAT16)
+    check_ranges(ranges, BFLOAT16)
+    check_ranges({"decode": {"a": FLOAT16.largest / 2}}, FLOAT16)
     with pytest.raises(UserError, match="room for 2 times as much is wanted"):
-        check_ranges({"decode": {"a": 32753.0}}, "fp16")
+        check_ranges({"decode": {"a": 32753.0}}, FLOAT16)
     for bad in (math.inf, math.nan):
         with pytest.raises(UserError, match="a of decode"):
-            check_ranges({"decode": {"a": bad}}, "bf16")
+            check_ranges({"decode": {"a": bad}}, BFLOAT16)
 
 
 def test_a_model_that_overflows_fp16_is_not_built(small_weights: Path, tmp_path: Path) -> None:

@@ -1,0 +1,242 @@
+"""The formats of a bundle: a precision is a row, a backend is a row.
+
+Knows what a precision computes and stores, and what each backend needs for it. Nobody else compares
+their names: code asks a row. Does not know how values are cast, how layers are quantized, or how
+close to the reference a precision must come, which is in `accuracy.thresholds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class FloatType:
+    """A type of values at work.
+
+    Attributes:
+        name: as a precision is called that is this type throughout.
+        torch: as torch, NumPy and manifests call it.
+        onnx: as ONNX calls it.
+        size: in bytes.
+        largest: its largest finite number.
+        roundoff: the largest relative error of one rounding.
+    """
+
+    name: str
+    torch: str
+    onnx: str
+    size: int
+    largest: float
+    roundoff: float
+
+
+FLOAT32 = FloatType("fp32", "float32", "FLOAT", 4, (2 - 2.0**-23) * 2.0**127, 2.0**-24)
+FLOAT16 = FloatType("fp16", "float16", "FLOAT16", 2, 65504.0, 2.0**-11)
+BFLOAT16 = FloatType("bf16", "bfloat16", "BFLOAT16", 2, (2 - 2.0**-7) * 2.0**127, 2.0**-8)
+FLOAT_TYPES = {row.torch: row for row in (FLOAT32, FLOAT16, BFLOAT16)}
+"""By the name that manifests have."""
+
+
+# ------------------------------------------------------------------------------------ backends
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs a bundle.
+
+    Attributes:
+        name: as the command line calls it.
+        product: its name in prose.
+        module: the Python module that drives it.
+        compiles: whether graphs become engines.
+        quantized_among: the float type of what is between quantized layers.
+        unsigned: whether its integer kernels want activations from 0 to 255, not around 0.
+        polygraphy: how `polygraphy run` is told to use it: variables, then the option.
+    """
+
+    name: str
+    product: str
+    module: str
+    compiles: bool
+    quantized_among: FloatType
+    unsigned: bool
+    polygraphy: tuple[str, str]
+
+
+ONNXRUNTIME = Backend(
+    name="onnxruntime",
+    product="ONNX Runtime",
+    module="onnxruntime",
+    compiles=False,
+    quantized_among=FLOAT32,  # its CPU has no FP16
+    unsigned=True,
+    polygraphy=("", "--onnxrt"),
+)
+TENSORRT = Backend(
+    name="tensorrt",
+    product="TensorRT",
+    module="tensorrt",
+    compiles=True,
+    quantized_among=FLOAT16,
+    unsigned=False,
+    polygraphy=("", "--trt"),
+)
+TENSORRT_RTX = Backend(
+    name="tensorrt-rtx",
+    product="TensorRT-RTX",
+    module="tensorrt_rtx",
+    compiles=True,
+    quantized_among=FLOAT16,
+    unsigned=False,
+    polygraphy=("POLYGRAPHY_USE_TENSORRT_RTX=1 ", "--trt"),
+)
+BACKENDS = {row.name: row for row in (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)}
+ENGINE_BACKENDS = tuple(name for name, row in BACKENDS.items() if row.compiles)
+
+Target = tuple[str, str]
+"""A backend's name and a device."""
+CPU: Target = (ONNXRUNTIME.name, "cpu")
+CUDA: Target = (ONNXRUNTIME.name, "cuda")
+TRT: Target = (TENSORRT.name, "cuda")
+RTX: Target = (TENSORRT_RTX.name, "cuda")
+
+
+# ---------------------------------------------------------------------------------- precisions
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a target takes a precision.
+
+    Attributes:
+        capability: the least compute capability of the GPU; "" where no GPU takes part.
+        refused: why the target does not take it, and what to use instead; "" if it does.
+        note: what to know although it works.
+    """
+
+    capability: str = ""
+    refused: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the matrix products of a precision are stored and computed.
+
+    Attributes:
+        weights: the ONNX type of a stored weight.
+        activations: the ONNX type that activations are rounded to; "" leaves them as they are.
+        bits: of a weight.
+        roundoff: the largest error of one rounding, over the largest value.
+    """
+
+    weights: str
+    activations: str
+    bits: int
+    roundoff: float
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a bundle computes in.
+
+    Attributes:
+        name: as the command line calls it.
+        check_tolerance: how far a graph's output may be from the reference's, of its norm, for a
+            bundle to be written: whether graphs were written right. How close they are is
+            `lpd-export verify`'s to say. FP32 and FP16 are some twenty to a thousand times their
+            roundoff away in a deep model.
+        support: by target.
+        throughout: the type of all floats; None leaves it to the backend.
+        quantization: of matrix products and convolutions, if any.
+    """
+
+    name: str
+    check_tolerance: float
+    support: Mapping[Target, Support] = field(repr=False)
+    throughout: FloatType | None = None
+    quantization: Quantization | None = None
+
+    def float_type(self, backend: str) -> FloatType:
+        """The type of a graph's float inputs, outputs, caches and unquantized values."""
+        return self.throughout or BACKENDS[backend].quantized_among
+
+    @property
+    def exact(self) -> bool:
+        """Whether graphs stay as they are exported."""
+        return self.throughout == FLOAT32
+
+    @property
+    def roundoff(self) -> float:
+        """The relative error of one rounding, the coarsest there is."""
+        if self.quantization:
+            return self.quantization.roundoff
+        assert self.throughout is not None
+        return self.throughout.roundoff
+
+
+SLOW_ATTENTION = "attention is not fused in fp32: fp16 and bf16 are faster"
+
+PRECISIONS = {
+    row.name: row
+    for row in (
+        Precision(
+            "fp32",
+            check_tolerance=1e-4,
+            throughout=FLOAT32,
+            support={
+                CPU: Support(),
+                CUDA: Support("7.5"),
+                TRT: Support("7.5", note=SLOW_ATTENTION),
+                RTX: Support("7.5", note=SLOW_ATTENTION),
+            },
+        ),
+        Precision(
+            "bf16",
+            check_tolerance=8e-2,
+            throughout=BFLOAT16,
+            support={
+                CPU: Support(
+                    refused="ONNX Runtime's CPU provider loads no bf16: use fp16, or tensorrt or "
+                    "tensorrt-rtx"
+                ),
+                # Its Resize, which the tokenizer's decoder uses, has no kernel for bf16.
+                CUDA: Support(
+                    refused="ONNX Runtime's CUDA provider cannot decode images in bf16: use fp16, "
+                    "or tensorrt"
+                ),
+                TRT: Support("8.0"),
+                RTX: Support("8.0"),
+            },
+        ),
+        Precision(
+            "fp16",
+            check_tolerance=1e-2,
+            throughout=FLOAT16,
+            support={
+                CPU: Support(note="computed through casts to fp32: smaller than fp32, not faster"),
+                CUDA: Support("7.5"),
+                TRT: Support("7.5"),
+                RTX: Support("7.5"),
+            },
+        ),
+        Precision(
+            "int8",
+            check_tolerance=0.2,
+            quantization=Quantization("INT8", "INT8", bits=8, roundoff=1 / 254),
+            support={
+                CPU: Support(note="the fastest on a CPU"),
+                CUDA: Support("7.5"),
+                TRT: Support("7.5"),
+                RTX: Support(
+                    "8.0",
+                    note="its documentation names INT8 for weights alone: INT8 activations "
+                    "compile, how fast they run is documented nowhere, so measure against fp16",
+                ),
+            },
+        ),
+    )
+}
+QUANTIZED = tuple(name for name, row in PRECISIONS.items() if row.quantization)
