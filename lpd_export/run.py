@@ -33,8 +33,8 @@ from lpd_export.files import exclusive, sha256, uninterrupted, write_atomically
 from lpd_export.images import contact_sheet, draw_trace, save_png
 from lpd_export.run_request import LOCK, RECORD, RECORDS, RunRequest, check_out, check_request
 from lpd_export.runtime.onnxruntime_executor import check_threads
-from lpd_export.runtime.pipeline import GeneratedImage, Pipeline, Progress
-from lpd_export.runtime.randomness import image_randomness
+from lpd_export.runtime.pipeline import Pipeline, Progress
+from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.schedule import Schedule
 
@@ -156,9 +156,7 @@ def write_images(
     done = read_records(request.out, plan) if request.resume else {}
     batch = request.batch or min(DEFAULT_BATCH, pipeline.manifest.max_batch or DEFAULT_BATCH)
     images = pipeline.stream(
-        {index: label for index, label in enumerate(plan.labels) if index not in done},
-        seed=request.seed,
-        sampling=plan.sampling,
+        [plan.request(index) for index in range(len(plan.labels)) if index not in done],
         batch=batch,
         schedule=plan.schedule,
         progress=lambda progress: advance(Advance(progress, len(done), len(plan.labels))),
@@ -249,8 +247,7 @@ class ImagePlan:
 
     def record(self, index: int) -> Record:
         """How image `index` is made: its line in images.jsonl, but for the token ids."""
-        schedule = self.schedule
-        chance = image_randomness(self.seed, index, schedule.cells, schedule.count)
+        chance = self.request(index).chance(self.schedule)
         return {
             "file": self.file_name(index),
             "index": index,
@@ -266,21 +263,17 @@ class ImagePlan:
         slug = re.sub(r"[\W_]+", "-", name.casefold())[:60].strip("-")
         return f"{index:05d}_{slug or self.labels[index]}.png"
 
+    def request(self, index: int) -> ImageRequest:
+        """Image `index` as the pipeline takes it."""
+        return ImageRequest(self.labels[index], self.seed, index, self.sampling)
+
     def image(
         self, index: int, pixels: NDArray[np.uint8], token_ids: NDArray[np.int32]
     ) -> GeneratedImage:
         """Image `index` as the pipeline gave it, of what is on disk."""
-        record = self.record(index)
+        name = display_name(self.class_names, self.labels[index])
         return GeneratedImage(
-            pixels=pixels,
-            token_ids=token_ids.astype(np.int64),
-            index=index,
-            class_id=record["class_id"],
-            class_name=record["class_name"],
-            seed=self.seed,
-            schedule=self.schedule,
-            order_index=record["order"],
-            sampling=self.sampling,
+            pixels, token_ids.astype(np.int64), self.request(index), name, self.schedule
         )
 
 

@@ -53,6 +53,7 @@ from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import sha256, write_atomically
 from lpd_export.images import contact_sheet, save_png
+from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.schedule.schedule import Schedule
 from lpd_reference import LPD, CheckpointError, load_lpd, load_tokenizer
@@ -170,9 +171,10 @@ def draw(variant: Variant, start: int, stop: int) -> None:
     """Draws samples `start` to `stop` and keeps what the classifier sees in them."""
     labels = labels_of(_setting.training, start, stop)
     images = open_pipeline(variant.mutual_visibility).stream(
-        dict(zip(range(start, stop), labels, strict=True)),
-        seed=_setting.seed,
-        sampling=_setting.sampling,
+        [
+            ImageRequest(label, _setting.seed, index, _setting.sampling)
+            for index, label in enumerate(labels, start)
+        ],
         batch=_setting.batch,
         schedule=schedule_of(variant, _setting.grid, _setting.repulsion),
     )
@@ -318,11 +320,8 @@ def measure_times(
             # A mask of other values takes no other time: the same pipeline serves all.
             schedule = schedule_of(variant, setting.grid, setting.repulsion)
             start = time.perf_counter()
-            list(
-                pipeline.stream(
-                    {turn: label}, seed=setting.seed, sampling=setting.sampling, schedule=schedule
-                )
-            )
+            request = ImageRequest(label, setting.seed, turn, setting.sampling)
+            list(pipeline.stream([request], schedule=schedule))
             if turn:
                 seconds[variant].append(time.perf_counter() - start)
             progress.advance(task)

@@ -81,7 +81,7 @@ def words(command: click.Command) -> set[str]:
 
 
 def test_what_the_package_names() -> None:
-    assert set(lpd_export.__all__) == {"Pipeline", "UserError"}
+    assert set(lpd_export.__all__) == {"ImageRequest", "Pipeline", "Sampling", "UserError"}
     for name in lpd_export.__all__:
         assert getattr(lpd_export, name).__name__ == name
     assert lpd_export.__version__

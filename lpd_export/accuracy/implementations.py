@@ -33,6 +33,7 @@ from lpd_export.images import to_uint8
 from lpd_export.progress import Report
 from lpd_export.runtime.executor import Run
 from lpd_export.runtime.pipeline import Pipeline
+from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import Sampling, guide
 from lpd_export.schedule.schedule import Phase, Schedule, phase_table
 from lpd_reference.generate import generate, guidance_scale
@@ -371,15 +372,11 @@ class BundleImplementation:
 
     def draw(self, task: Task, report: Report) -> Drawn:
         report(f"drawing images with {self.name}")
-        images = list(
-            self.pipeline.stream(
-                dict(enumerate(task.labels)),
-                seed=task.seed,
-                sampling=task.sampling,
-                batch=self.batch,
-                schedule=task.schedule,
-            )
-        )
+        requests = [
+            ImageRequest(label, task.seed, index, task.sampling)
+            for index, label in enumerate(task.labels)
+        ]
+        images = list(self.pipeline.stream(requests, batch=self.batch, schedule=task.schedule))
         return Drawn(
             np.stack([image.token_ids for image in images]),
             np.stack([image.pixels for image in images]),

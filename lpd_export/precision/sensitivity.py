@@ -33,7 +33,8 @@ from lpd_export.precision.casting import lower
 from lpd_export.precision.quantization import quantize
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-from lpd_export.runtime.pipeline import GeneratedImage, Pipeline
+from lpd_export.runtime.pipeline import Pipeline
+from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.schedule.schedule import Schedule
 
 KEPT_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)

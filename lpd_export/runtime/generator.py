@@ -19,7 +19,7 @@ from torch import Tensor
 from lpd_export.errors import NumericalError, UserError
 from lpd_export.graphs import contract
 from lpd_export.runtime.executor import Executor, Run
-from lpd_export.runtime.sampler import Sampling, guide, sample
+from lpd_export.runtime.sampler import Sampling, SamplingRows, guide, sample
 from lpd_export.schedule.schedule import Phase, attention_mask
 
 
@@ -37,6 +37,20 @@ class Dimensions(NamedTuple):
     def condition_id(self, label: int | None) -> int:
         """The token id of a class, or of the null condition."""
         return self.vocab_size + (self.num_classes if label is None else label)
+
+    def conditions(
+        self, labels: Sequence[int | None], samplings: Sequence[Sampling], guided: bool
+    ) -> Tensor:
+        """The condition ids [R, 1] int64 of images: one each, and if guided the null one.
+
+        An image of cfg 1 among guided ones has its own condition twice: its guided logits are
+        then those of the condition, as they are alone.
+        """
+        ids = [self.condition_id(label) for label in labels]
+        if guided:
+            null = self.condition_id(None)
+            ids += [null if s.guided else own for s, own in zip(samplings, ids, strict=True)]
+        return torch.tensor(ids).unsqueeze(1)
 
 
 class Step(NamedTuple):
@@ -72,7 +86,7 @@ class Generator:
         self._phases = phases
         self._batch: Batch | None = None
         # Not the batch's own: a recording holds the batch, and the two would outlive their use.
-        self._recordings: dict[tuple[float, int | None, float | None], Run] = {}
+        self._recordings: dict[bool, Run] = {}  # with filters, and without
         self._finished = True
 
     @property
@@ -90,9 +104,11 @@ class Generator:
         labels: Sequence[int | None],
         orders: Tensor,
         uniform: Tensor,
-        sampling: Sampling,
+        samplings: Sequence[Sampling],
+        given: Tensor | None = None,
         on_step: Callable[[int], None] = lambda step: None,
         size: int | None = None,
+        guided: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Token ids [B, S] int64 in raster order, and images [B, 3, height, width] in [-1, 1].
 
@@ -100,34 +116,57 @@ class Generator:
             labels: a class id for each image, or None for no condition.
             orders: [B, S] int64, the order each image follows.
             uniform: [B, S] float64 in [0, 1), in generation order.
-            sampling: guidance and filters.
+            samplings: guidance and filters of each image.
+            given: [B, S] int64 in raster order: tokens to be taken instead of draws, -1 where
+                there is none.
             on_step: called after each step with how many are done.
             size: of the buffers, if there may be more images than labels; rows without one repeat
                 the last image, and are not returned.
+            guided: whether the buffers have null rows, if other batches may need them.
 
         The returned tensors are the generator's own buffers: the next call overwrites them.
 
         Raises:
             UserError: if the logits of a step are not finite, or memory does not suffice.
         """
+        images, size = len(labels), size or len(labels)
+        guided = any(s.guided for s in samplings) if guided is None else guided
+        given = torch.full_like(orders, -1) if given is None else given
         try:
-            return self._generate(labels, orders, uniform, sampling, on_step, size or len(labels))
+            batch = self._bound(size, guided)
+            repeated = [*range(images), *[images - 1] * (size - images)]
+            samplings = [samplings[image] for image in repeated]
+            filtered = any(sampling.filtered for sampling in samplings)
+            with self._executor.stream():
+                if not self._finished:
+                    batch.clear_caches()
+                self._finished = False
+                batch.load(
+                    [labels[image] for image in repeated],
+                    orders[repeated],
+                    uniform[repeated],
+                    samplings,
+                    given[repeated],
+                )
+                self._run(batch, filtered, on_step)
+                # The only look at the device, after everything has been launched.
+                finite = batch.finite.cpu()
         except torch.OutOfMemoryError as error:
             self.free()
             raise UserError(
-                f"a batch of {len(labels)} does not fit in the GPU's memory: use a smaller batch"
+                f"a batch of {images} does not fit in the GPU's memory: use a smaller batch"
             ) from error
+        for step, image in (~finite).nonzero().tolist()[:1]:
+            raise NumericalError(
+                f"the logits of step {step + 1} are NaN or infinite: cfg "
+                f"{samplings[image].cfg:g} is too large, or the weights or the precision of this "
+                "bundle are broken"
+            )
+        self._finished = True
+        return batch.token_ids[:images], batch.images[:images]
 
-    def _generate(
-        self,
-        labels: Sequence[int | None],
-        orders: Tensor,
-        uniform: Tensor,
-        sampling: Sampling,
-        on_step: Callable[[int], None],
-        size: int,
-    ) -> tuple[Tensor, Tensor]:
-        images, guided = len(labels), sampling.guided
+    def _bound(self, size: int, guided: bool) -> Batch:
+        """The buffers of this size, everything bound; those of another are freed."""
         if self._batch is None or (self._batch.size, self._batch.guided) != (size, guided):
             self.free()  # before there are other caches
             self._batch = Batch(
@@ -140,42 +179,18 @@ class Generator:
             )
             # Before anything runs: a graph bound later may move the memory that all work in.
             self._batch.bind_detokenize()
-        batch = self._batch
-        repeated = [*range(images), *[images - 1] * (size - images)]
-        with self._executor.stream():
-            if not self._finished:
-                batch.clear_caches()
-            self._finished = False
-            batch.load(
-                [labels[image] for image in repeated],
-                orders[repeated],
-                uniform[repeated],
-                sampling.scale(self._dimensions.cells),
-            )
-            self._run(batch, sampling, on_step)
-            # The only look at the device, after everything has been launched.
-            finite = batch.finite.tolist()
-        for step, is_finite in enumerate(finite):
-            if not is_finite:
-                raise NumericalError(
-                    f"the logits of step {step + 1} are NaN or infinite: cfg {sampling.cfg:g} is "
-                    "too large, or the weights or the precision of this bundle are broken"
-                )
-        self._finished = True
-        return batch.token_ids[:images], batch.images[:images]
+        return self._batch
 
     @torch.inference_mode()
-    def _run(self, batch: Batch, sampling: Sampling, on_step: Callable[[int], None]) -> None:
+    def _run(self, batch: Batch, filtered: bool, on_step: Callable[[int], None]) -> None:
         if not self._executor.records:
-            batch.launch(sampling, on_step)
+            batch.launch(filtered, on_step)
             return
-        # Guidance is in a buffer; these are constants of the launched operations.
-        fixed = sampling.temperature, sampling.top_k, sampling.top_p
-        if fixed not in self._recordings:
-            self._recordings.clear()  # each holds memory of its own
-            work = partial(batch.launch, sampling, lambda step: None)
-            self._recordings[fixed] = self._executor.record(work)
-        self._recordings[fixed]()
+        # All settings are in buffers: only whether there is anything to filter is launched or not.
+        if filtered not in self._recordings:
+            work = partial(batch.launch, filtered, lambda step: None)
+            self._recordings[filtered] = self._executor.record(work)
+        self._recordings[filtered]()
         on_step(len(self._phases))
 
 
@@ -206,9 +221,15 @@ class Batch:
 
         self.orders = integers(size, cells)
         self.uniform = torch.zeros(size, cells, dtype=torch.float64, device=device)
-        self.scale = torch.zeros(cells, dtype=torch.float32, device=device)
+        self.sampling = SamplingRows(
+            *(
+                values.to(device)
+                for values in SamplingRows.of([Sampling()] * size, cells, dimensions.vocab_size)
+            )
+        )
+        self.given = integers(size, cells)  # in generation order, below 0 where a token is drawn
         self.token_ids = integers(size, cells)
-        self.finite = torch.ones(len(phases), dtype=torch.bool, device=device)
+        self.finite = torch.ones(len(phases), size, dtype=torch.bool, device=device)
         cache_shape = (rows, dimensions.heads, cells + 1, dimensions.head_dim)
         self._caches = {
             f"{kind}_{layer}": floats(*cache_shape)
@@ -274,32 +295,42 @@ class Batch:
         ]
 
     def load(
-        self, labels: Sequence[int | None], orders: Tensor, uniform: Tensor, scale: Tensor
+        self,
+        labels: Sequence[int | None],
+        orders: Tensor,
+        uniform: Tensor,
+        samplings: Sequence[Sampling],
+        given: Tensor,
     ) -> None:
         """Copies the inputs of a generation into the buffers."""
+        dimensions = self._dimensions
         self.orders.copy_(orders)
         self.uniform.copy_(uniform)
-        self.scale.copy_(scale)
-        conditions = [self._dimensions.condition_id(label) for label in labels]
-        if self.guided:
-            conditions += [self._dimensions.condition_id(None)] * self.size
-        self.steps[0].token_ids.copy_(torch.tensor(conditions).unsqueeze(1))
+        self.given.copy_(given.gather(1, orders))
+        rows = SamplingRows.of(samplings, dimensions.cells, dimensions.vocab_size)
+        for buffer, values in zip(self.sampling, rows, strict=True):
+            buffer.copy_(values)
+        conditions = dimensions.conditions(labels, samplings, self.guided)
+        self.steps[0].token_ids.copy_(conditions)
 
-    def launch(self, sampling: Sampling, on_step: Callable[[int], None]) -> None:
+    def launch(self, filtered: bool, on_step: Callable[[int], None]) -> None:
         """Generates `token_ids` and `images` from the loaded inputs."""
         sequence = torch.cat([torch.zeros_like(self.orders[:, :1]), self.orders + 1], dim=1)
         for number, step in enumerate(self.steps):
             phase = step.phase
-            first, last = phase.first_cell, phase.first_cell + phase.queries
+            cells = slice(phase.first_cell, phase.first_cell + phase.queries)
             written = sequence[:, phase.write_index : phase.write_index + phase.tokens]
             self._copy_to_rows(step.positions, written)
             step.run()
-            logits = guide(step.logits, self.scale[first:last]) if self.guided else step.logits
-            self.finite[number] = logits.isfinite().all()
-            drawn = sample(logits, self.uniform[:, first:last], sampling)
-            self.token_ids.scatter_(1, self.orders[:, first:last], drawn)
+            scale = self.sampling.scale[:, cells]
+            logits = guide(step.logits, scale) if self.guided else step.logits
+            self.finite[number] = logits.isfinite().flatten(1).all(dim=1)
+            drawn = sample(logits, self.uniform[:, cells], self.sampling, filtered)
+            given = self.given[:, cells]
+            tokens = torch.where(given < 0, drawn, given)
+            self.token_ids.scatter_(1, self.orders[:, cells], tokens)
             if number + 1 < len(self.steps):
-                self._copy_to_rows(self.steps[number + 1].token_ids, drawn)
+                self._copy_to_rows(self.steps[number + 1].token_ids, tokens)
             on_step(number + 1)
         for run in self._detokenize:
             run()

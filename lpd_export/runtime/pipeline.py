@@ -1,71 +1,39 @@
 """Images from a bundle, in Python: `Pipeline.open(bundle).generate(["red panda"], seed=0)`.
 
-Puts the parts together: a bundle's files, its classes and schedule, an executor, the generator,
-and the randomness of each image. Does not write files or know the command line.
+Puts the parts together: a bundle's files, its classes and schedule, an executor, and the generator
+that makes batches of image requests. Does not write files or know the command line.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
 from lpd_export.formats import BACKENDS
-from lpd_export.graphs.contract import IMAGE, INDICES
 from lpd_export.images import BLANK, to_uint8
-from lpd_export.machine.facts import read_memory
+from lpd_export.runtime import teacher_forcing, tokenizer
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
+from lpd_export.runtime.memory import check_memory
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-from lpd_export.runtime.randomness import image_randomness
-from lpd_export.runtime.sampler import GuidanceSchedule, Sampling, guide
+from lpd_export.runtime.requests import GeneratedImage, ImageRequest, check_whole
+from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
 from lpd_export.schedule.schedule import Schedule, phase_table
 
 WEIGHTS = "onnx/weights.data"
 OTHER_NAMES = {"guidance_scale": "cfg", "cfg_scale": "cfg", "batch_size": "batch"}
 """What other libraries call them."""
-
-
-@dataclass(frozen=True, eq=False)
-class GeneratedImage:
-    """One image and how it came about."""
-
-    pixels: NDArray[np.uint8]
-    """[height, width, 3]."""
-    token_ids: NDArray[np.int64]
-    """[S], raster order."""
-    index: int
-    """Counted from 0; with the seed it determines the image's randomness."""
-    class_id: int | None
-    class_name: str
-    seed: int
-    schedule: Schedule
-    order_index: int
-    """Which of the schedule's orders it followed."""
-    sampling: Sampling
-
-    def __repr__(self) -> str:
-        height, width, _ = self.pixels.shape
-        return (
-            f"<GeneratedImage {self.index} of seed {self.seed}: {self.class_name}, "
-            f"{width} x {height}>"
-        )
-
-    def picture(self) -> Image.Image:
-        """As a Pillow image."""
-        return Image.fromarray(self.pixels)
 
 
 class Progress(NamedTuple):
@@ -199,18 +167,11 @@ class Pipeline:
         labels = resolve_classes(
             classes, self.manifest.class_names, self.manifest.model.num_classes
         )
-        return list(
-            self.stream(
-                dict(enumerate(labels)),
-                seed=seed,
-                sampling=self.sampling(
-                    cfg=cfg, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
-                ),
-                batch=batch,
-                schedule=schedule,
-                progress=progress,
-            )
+        sampling = self.sampling(
+            cfg=cfg, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
         )
+        requests = [ImageRequest(label, seed, i, sampling) for i, label in enumerate(labels)]
+        return list(self.stream(requests, batch=batch, schedule=schedule, progress=progress))
 
     def sampling(
         self,
@@ -236,27 +197,21 @@ class Pipeline:
 
     def stream(
         self,
-        labels: dict[int, int | None],
+        requests: Sequence[ImageRequest],
         *,
-        seed: int,
-        sampling: Sampling,
         batch: int = 1,
         schedule: Schedule | str | os.PathLike[str] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[GeneratedImage]:
-        """Images as they are made, for a class id (or None) by image index.
+        """Images as they are made, one for each request, in their order.
 
         Raises:
             UserError: before the first image, if an argument is out of range.
         """
         self.check_batch(batch)
-        check_whole("the seed", seed)
-        if not 0 <= seed < 2**64:
-            raise UserError(f"the seed must be from 0 to 2^64 - 1, but it is {seed}")
-        chosen = self.choose_schedule(schedule)
-        # A batch shares its guidance: images without a class in one with guidance pay for it,
-        # but come out the same, since null + s (null - null) is null.
-        return self._stream(labels, seed, sampling, batch, chosen, progress)
+        for request in requests:
+            request.check(self._dimensions)
+        return self._stream(requests, batch, self.choose_schedule(schedule), progress)
 
     def check_batch(self, batch: int) -> None:
         """Raises UserError unless the bundle takes batches of this size."""
@@ -271,15 +226,8 @@ class Pipeline:
                 f"the bundle takes batches of up to {limit} images, not {batch}: build it with "
                 f"--max-batch {batch}"
             )
-        needed = self.manifest.buffer_bytes(batch)
-        free = free_memory(self._executor.device)
-        # Buffers that are held are used again, or freed before there are others.
         held = sum(generator.held_bytes for generator in self._generators.values())
-        if free is not None and needed > free + held:
-            raise UserError(
-                f"a batch of {batch} needs {needed / 1e9:.1f} GB for its caches and logits alone, "
-                f"and {(free + held) / 1e9:.1f} GB are free: use a smaller batch"
-            )
+        check_memory(batch, self.manifest.buffer_bytes(batch), held, self._executor.device)
 
     def choose_schedule(self, schedule: Schedule | str | os.PathLike[str] | None) -> Schedule:
         """The given schedule, checked against the model's grid, or the bundle's own."""
@@ -294,50 +242,40 @@ class Pipeline:
 
     def _stream(
         self,
-        labels: dict[int, int | None],
-        seed: int,
-        sampling: Sampling,
+        requests: Sequence[ImageRequest],
         batch: int,
         schedule: Schedule,
         progress: Callable[[Progress], None] | None,
     ) -> Iterator[GeneratedImage]:
         generator = self._generator(schedule)
-        indices = sorted(labels)
-        size = min(batch, len(indices))  # of the last batch too, so that nothing is bound anew
-        for start in range(0, len(indices), batch):
-            chunk = indices[start : start + batch]
-            randomness = [
-                image_randomness(seed, index, schedule.cells, schedule.count) for index in chunk
-            ]
-            orders = schedule.orders[[chance.order_index for chance in randomness]]
+        # Of every batch, the last and smaller too, so that nothing is bound anew.
+        size = min(batch, len(requests))
+        guided = any(request.sampling.guided for request in requests)
+        nothing = np.full(schedule.cells, -1)
+        for start in range(0, len(requests), batch):
+            chunk = requests[start : start + batch]
 
-            def on_step(step: int, first: int = start, images: int = len(chunk)) -> None:
+            def on_step(step: int, first: int = chunk[0].index, images: int = len(chunk)) -> None:
                 if progress is not None:
                     progress(Progress(first, images, step, schedule.steps))
 
+            given = [nothing if r.given is None else r.given for r in chunk]
             buffer, images = generator.generate(
-                [labels[index] for index in chunk],
-                torch.from_numpy(orders.astype(np.int64)),
-                torch.from_numpy(np.stack([chance.uniform for chance in randomness])),
-                sampling,
+                [request.label for request in chunk],
+                torch.from_numpy(np.stack([r.order_of(schedule) for r in chunk])),
+                torch.from_numpy(np.stack([r.chance(schedule).uniform for r in chunk])),
+                [request.sampling for request in chunk],
+                torch.from_numpy(np.stack(given)),
                 on_step,
                 size,
+                guided,
             )
             # Copied before the first yield: the caller may generate others between two images.
             token_ids = buffer.cpu().numpy().copy()
             pixels = to_uint8(images.float().cpu().numpy())
-            for row, index in enumerate(chunk):
-                yield GeneratedImage(
-                    pixels=pixels[row],
-                    token_ids=token_ids[row],
-                    index=index,
-                    class_id=labels[index],
-                    class_name=display_name(self.manifest.class_names, labels[index]),
-                    seed=seed,
-                    schedule=schedule,
-                    order_index=randomness[row].order_index,
-                    sampling=sampling,
-                )
+            for row, request in enumerate(chunk):
+                name = display_name(self.manifest.class_names, request.label)
+                yield GeneratedImage(pixels[row], token_ids[row], request, name, schedule)
 
     def _generator(self, schedule: Schedule) -> Generator:
         key = schedule.group_sizes.tobytes()
@@ -366,36 +304,31 @@ class Pipeline:
         As `forced_logits`, each image along its own order.
 
         Raises:
-            UserError: if there are none, or they differ in sampling or in their steps' sizes.
+            UserError: if there are none, or they differ in their steps' sizes.
         """
         if not images:
             raise UserError("there are no images to compute logits of: give at least one")
         first, sizes = images[0], images[0].schedule.group_sizes
         for image in images:
-            if image.sampling != first.sampling or not np.array_equal(
-                image.schedule.group_sizes, sizes
-            ):
+            if not np.array_equal(image.schedule.group_sizes, sizes):
                 raise UserError(
-                    f"images {first.index} and {image.index} differ in sampling or in the sizes of "
-                    "their steps: ask for the logits of each alone"
+                    f"images {first.index} and {image.index} differ in the sizes of their steps: "
+                    "ask for the logits of each alone"
                 )
         return self.forced_logits(
             np.stack([image.token_ids for image in images]),
             [image.class_id for image in images],
-            np.stack([image.schedule.orders[image.order_index] for image in images]).astype(
-                np.int64
-            ),
-            first.sampling,
+            np.stack([image.order for image in images]),
+            [image.sampling for image in images],
             first.schedule,
         )
 
-    @torch.inference_mode()
     def forced_logits(
         self,
         token_ids: NDArray[np.int64],
         labels: Sequence[int | None],
         orders: NDArray[np.int64],
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         schedule: Schedule | None = None,
     ) -> torch.Tensor:
         """Guided logits [B, S, V] float32, in generation order, of given images.
@@ -407,30 +340,19 @@ class Pipeline:
             token_ids: [B, S], raster order.
             labels: a class id for each image, or None for no class.
             orders: [B, S], the order each image follows.
-            sampling: its guidance is applied.
+            sampling: of all images, or of each; its guidance is applied.
             schedule: whose group sizes are used; by default the bundle's.
         """
-        cells, rows = self._dimensions.cells, 2 if sampling.guided else 1
-        drawn = torch.from_numpy(np.take_along_axis(token_ids, orders, axis=1))
-        condition = torch.tensor([[self._dimensions.condition_id(label)] for label in labels])
-        context = torch.cat([condition, drawn], dim=1)
-        positions = torch.cat([torch.zeros_like(condition), torch.from_numpy(orders) + 1], dim=1)
-        scale = sampling.scale(cells).to(self._executor.device)
-        logits = []
-        with self._executor.stream():
-            for step in self.bind_steps(len(labels), sampling.guided, schedule):
-                first, last = step.phase.write_index, step.phase.write_index + step.phase.tokens
-                step.token_ids.copy_(context[:, first : first + step.phase.context].repeat(rows, 1))
-                step.positions.copy_(positions[:, first:last].repeat(rows, 1))
-                if step.phase.index == 0 and sampling.guided:
-                    step.token_ids[len(labels) :] = self._dimensions.condition_id(None)
-                step.run()
-                start = step.phase.first_cell
-                raw = step.logits
-                if sampling.guided:
-                    raw = guide(raw, scale[start : start + step.phase.queries])
-                logits.append(raw.float().cpu().clone())
-        return torch.cat(logits, dim=1)
+        return teacher_forcing.forced_logits(
+            self._executor,
+            self._dimensions,
+            phase_table((schedule or self._schedule).group_sizes),
+            token_ids,
+            labels,
+            orders,
+            [sampling] * len(labels) if isinstance(sampling, Sampling) else sampling,
+            self._mutual_visibility,
+        )
 
     @property
     def executor(self) -> Executor:
@@ -448,16 +370,7 @@ class Pipeline:
         Raises:
             UserError: if the ids are not of this model's grid and codebook.
         """
-        shape = (len(token_ids), self._dimensions.cells)
-        if token_ids.shape != shape or not self._in_vocabulary(token_ids):
-            raise UserError(
-                f"token ids must be [B, {shape[1]}] and below {self._dimensions.vocab_size}, but "
-                f"they are {list(token_ids.shape)}, {token_ids.min()} to {token_ids.max()}"
-            )
-        side = self._dimensions.image_size
-        image = torch.zeros((shape[0], 3, side, side), dtype=self._executor.float_type)
-        self._run("detokenize", INDICES, torch.from_numpy(token_ids), IMAGE, image)
-        return image.float().numpy()
+        return tokenizer.detokenize(self._executor, self._dimensions, token_ids)
 
     def trace(self, image: GeneratedImage) -> NDArray[np.uint8]:
         """An image of this bundle after each step of its generation: [K, height, width, 3] uint8.
@@ -469,15 +382,12 @@ class Pipeline:
         Raises:
             UserError: if the image is not of this model's grid and codebook.
         """
-        order, sizes = image.schedule.orders[image.order_index], image.schedule.group_sizes
+        order, sizes = image.order, image.schedule.group_sizes
         *unfinished, _ = tokens_after_steps(image.token_ids, order, sizes)
         # The last is not decoded again: alone, a GPU may round otherwise than in a batch.
         pictures = [to_uint8(self.detokenize(ids[None]))[0] for ids in unfinished]
         filled = filled_after_steps(order, sizes)
         return blank_unfilled(np.stack([*pictures, image.pixels]), filled, BLANK)
-
-    def _in_vocabulary(self, token_ids: NDArray[np.int64]) -> bool:
-        return bool(((token_ids >= 0) & (token_ids < self._dimensions.vocab_size)).all())
 
     def tokenize(self, images: NDArray[np.float32]) -> NDArray[np.int64]:
         """Token ids [B, S] of images [B, 3, height, width] in [-1, 1].
@@ -485,29 +395,7 @@ class Pipeline:
         Raises:
             UserError: if the images are not of this model's resolution.
         """
-        side = self._dimensions.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise UserError(
-                f"images must be [B, 3, {side}, {side}], but they are {list(images.shape)}"
-            )
-        indices = torch.zeros((len(images), self._dimensions.cells), dtype=torch.int64)
-        image = torch.from_numpy(images).to(self._executor.float_type)
-        self._run("tokenize", IMAGE, image, INDICES, indices)
-        return indices.numpy()
-
-    def _run(
-        self, graph: str, input_name: str, values: torch.Tensor, output_name: str, out: torch.Tensor
-    ) -> None:
-        """Runs a tokenizer graph from host memory to host memory."""
-        device = self._executor.device
-        with self._executor.stream():
-            result = out.to(device)
-            run = self._executor.bind(
-                graph, {input_name: values.contiguous().to(device), output_name: result}
-            )
-            run()
-            # Waits for the run, whose context must live until then.
-            out.copy_(result)
+        return tokenizer.tokenize(self._executor, self._dimensions, images)
 
 
 def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Executor:
@@ -543,23 +431,6 @@ def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Ex
         weights,
         cache if manifest.backend == "tensorrt-rtx" else None,
     )
-
-
-def check_whole(what: str, value: object) -> None:
-    """Raises UserError unless a value is a whole number; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise UserError(f"{what} must be a whole number, but it is {value!r}")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a device's memory, where the system tells them.
-
-    Blocks that torch keeps for its next tensors count as free.
-    """
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    return read_memory().free
 
 
 def dimensions(manifest: Manifest) -> Dimensions:

@@ -24,7 +24,6 @@ from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.runtime import sampler
 from lpd_export.runtime.randomness import ImageRandomness, image_randomness
-from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.schedule import Phase, attention_mask
 
 pytestmark = pytest.mark.model
@@ -355,11 +354,9 @@ def guide_twice(logits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return sampler.guide(torch.cat([sampler.guide(logits, scale), null]), scale)
 
 
-def sample_in_reverse(
-    logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling
-) -> torch.Tensor:
+def sample_in_reverse(logits: torch.Tensor, uniform: torch.Tensor, *settings: Any) -> torch.Tensor:
     """The uniform numbers of the cells of a step, given to them from the last."""
-    return sampler.sample(logits, uniform.flip(1), sampling)
+    return sampler.sample(logits, uniform.flip(1), *settings)
 
 
 def next_order(seed: int, image_index: int, cells: int, orders: int) -> ImageRandomness:
@@ -389,7 +386,7 @@ def test_a_wrong_mask_wherever_it_is_used(
 def test_guidance_applied_twice(
     bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtime.generator", "runtime.pipeline", "accuracy.implementations"):
+    for module in ("runtime.generator", "runtime.teacher_forcing", "accuracy.implementations"):
         monkeypatch.setattr(f"lpd_export.{module}.guide", guide_twice)
     found = verified(bundles("fp32"), tmp_path / "report")
     # Linear guidance is 1 for the first cell, the only one of phase_00: twice is once.
@@ -407,8 +404,8 @@ def test_guidance_applied_twice(
         ("int8", "runtime.generator.guide", guide_twice),
         ("fp32", "runtime.generator.sample", sample_in_reverse),
         ("int8", "runtime.generator.sample", sample_in_reverse),
-        ("fp32", "runtime.pipeline.image_randomness", next_order),
-        ("int8", "runtime.pipeline.image_randomness", next_order),
+        ("fp32", "runtime.requests.image_randomness", next_order),
+        ("int8", "runtime.requests.image_randomness", next_order),
     ],
 )
 def test_a_fault_of_the_loop_is_no_rounding(

@@ -28,7 +28,7 @@ from lpd_export.bundle.manifest import Bundle
 from lpd_export.images import BLANK
 from lpd_export.machine.doctor import can_build, can_run
 from lpd_export.runtime.executor import Run
-from lpd_export.runtime.pipeline import GeneratedImage
+from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.runtime.tensorrt_executor import MODULES, TensorRTExecutor
 
 pytestmark = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Mapping
@@ -25,7 +26,8 @@ from lpd_export.runtime.generator import Dimensions, Generator
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Progress
 from lpd_export.runtime.randomness import image_randomness
-from lpd_export.runtime.sampler import Sampling, guide, sample
+from lpd_export.runtime.requests import ImageRequest
+from lpd_export.runtime.sampler import Sampling, SamplingRows, guide, sample
 from lpd_export.schedule.schedule import Schedule, phase_table
 from lpd_reference import LPD, VQTokenizer
 from lpd_reference.generate import draw, filter_logits, guidance_scale
@@ -68,6 +70,11 @@ def pipeline(emoji_bundle: Path) -> Pipeline:
     return Pipeline.open(emoji_bundle)
 
 
+def asked(labels: dict[int, int | None], seed: int, sampling: Sampling) -> list[ImageRequest]:
+    """Requests of these classes by index."""
+    return [ImageRequest(label, seed, index, sampling) for index, label in labels.items()]
+
+
 # ------------------------------------------------------------------- equal to the reference
 
 
@@ -88,7 +95,9 @@ def test_golden_tokens(name: str, tmp_path: Path) -> None:
         ("plain", labels, Sampling(top_k=1)),
         ("null", [None] * len(labels), Sampling(top_k=1)),
     ):
-        token_ids, images = generator.generate(case_labels, expect["orders"], uniform, sampling)
+        token_ids, images = generator.generate(
+            case_labels, expect["orders"], uniform, [sampling] * len(labels)
+        )
         assert token_ids.equal(expect[f"{case}.tokens"]), case
         expected_images = tokenizer.decode(expect[f"{case}.tokens"])
         torch.testing.assert_close(images, expected_images, rtol=0, atol=1e-4)
@@ -111,8 +120,8 @@ def test_demo_images_equal_the_reference(
     """The same labels, orders and uniform numbers: every token, and pixels within 1e-3."""
     model, tokenizer = demo_reference
     schedule = pipeline.choose_schedule(None)
-    labels = {index: index for index in range(5)}
-    images = list(pipeline.stream(dict(labels), seed=7, sampling=sampling, batch=5))
+    labels: dict[int, int | None] = {index: index for index in range(5)}
+    images = list(pipeline.stream(asked(labels, 7, sampling), batch=5))
     chances = [image_randomness(7, index, 256, schedule.count) for index in labels]
     orders = np.stack([schedule.orders[chance.order_index] for chance in chances])
     expected = lpd_reference.generate(
@@ -142,7 +151,7 @@ def test_logits_equal_the_references_teacher_forced_pass(
     pipeline = Pipeline.open(emoji_bundle, mutual_visibility=mutual_visibility)
     images = pipeline.generate([3], cfg=1.0)
     schedule, token_ids = pipeline.choose_schedule(None), torch.from_numpy(images[0].token_ids)
-    order = torch.from_numpy(schedule.orders[[images[0].order_index]].astype(np.int64))
+    order = torch.from_numpy(images[0].order[None])
     sizes = schedule.group_sizes.tolist()
     with torch.inference_mode():
         expected = demo_reference[0](
@@ -164,7 +173,7 @@ def test_images_without_a_class_equal_the_reference(
         expected = lpd_reference.generate(
             demo_reference[0],
             None,
-            torch.from_numpy(schedule.orders[[chance.order_index]].astype(np.int64)),
+            torch.from_numpy(images[index].order[None]),
             schedule.group_sizes.tolist(),
             torch.from_numpy(chance.uniform[None]),
         )
@@ -185,17 +194,72 @@ def test_tokenize_and_detokenize_equal_the_reference(
 # --------------------------------------------------------------------------- the same image
 
 
-def test_an_image_is_the_same_in_any_batch_and_order(pipeline: Pipeline) -> None:
-    sampling = pipeline.sampling()
-    labels: dict[int, int | None] = {0: 13, 1: 2, 2: None, 3: 8, 4: 13, 5: 1, 9: 4}
-    alone = {i.index: i for i in pipeline.stream(labels, seed=5, sampling=sampling, batch=1)}
-    for batch in (2, 3, 7):
-        for image in pipeline.stream(labels, seed=5, sampling=sampling, batch=batch):
-            np.testing.assert_array_equal(image.token_ids, alone[image.index].token_ids)
-            difference = image.pixels.astype(int) - alone[image.index].pixels
-            assert np.abs(difference).max() <= 1
-    (later,) = pipeline.stream({9: 4}, seed=5, sampling=sampling)
-    np.testing.assert_array_equal(later.token_ids, alone[9].token_ids)
+def mixed_requests() -> list[ImageRequest]:
+    """Classes, seeds, guidance, filters and given cells of all kinds, no two alike."""
+    chance = np.random.default_rng(0)
+    given = chance.integers(1024, size=256)
+    given[chance.random(256) < 0.5] = -1
+    order = chance.permutation(256)
+    return [
+        ImageRequest(13, 5, 0, SETTINGS[0]),
+        ImageRequest(2, 5, 1, SETTINGS[1]),
+        ImageRequest(None, 5, 2, SETTINGS[2]),
+        ImageRequest(8, 6, 2, SETTINGS[3]),
+        ImageRequest(13, 5, 4, SETTINGS[0], given=given),
+        ImageRequest(1, 2**64 - 1, 2**64 - 1, SETTINGS[5], order=order),
+        ImageRequest(4, 5, 9, SETTINGS[4], order=order, given=given),
+    ]
+
+
+@pytest.mark.parametrize("bundle", ["emoji_bundle", "emoji_fp16_bundle", "emoji_int8_bundle"])
+def test_an_image_follows_from_its_request_alone(
+    bundle: str, request: pytest.FixtureRequest
+) -> None:
+    """Whatever it is generated beside, wherever it stands, and in a batch that is filled up."""
+    pipeline, requests = Pipeline.open(request.getfixturevalue(bundle)), mixed_requests()
+    alone = {id(r): image for r in requests for image in pipeline.stream([r])}
+    for batch, asked_for in ((3, requests), (7, requests[::-1])):
+        for image in pipeline.stream(asked_for, batch=batch):
+            expected = alone[id(image.request)]
+            np.testing.assert_array_equal(image.token_ids, expected.token_ids)
+            assert np.abs(image.pixels.astype(int) - expected.pixels).max() <= 1
+
+
+def test_given_cells_stay_and_the_others_follow_them(pipeline: Pipeline) -> None:
+    """All the tokens of an image but those of the last step, with its order and numbers."""
+    (image,) = pipeline.generate(["heart"], seed=4)
+    last = image.order[-image.schedule.group_sizes[-1] :]
+    given = image.token_ids.copy()
+    given[last] = -1
+    request = dataclasses.replace(image.request, given=given)
+    (again,) = pipeline.stream([request])
+    np.testing.assert_array_equal(again.token_ids, image.token_ids)
+    np.testing.assert_array_equal(again.pixels, image.pixels)
+    given[image.order[0]] = (given[image.order[0]] + 1) % 1024
+    (other,) = pipeline.stream([dataclasses.replace(request, given=given)])
+    np.testing.assert_array_equal(other.token_ids[given >= 0], given[given >= 0])
+    assert not np.array_equal(other.token_ids[last], image.token_ids[last])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"label": 15}, "from 0 to 14, but it is 15"),
+        ({"label": "heart"}, "label must be a whole number"),
+        ({"index": -1}, "the image's index must be from 0"),
+        ({"seed": 2**64}, "the seed must be from 0"),
+        ({"order": [0, 0, 1]}, "every cell once"),
+        ({"order": np.arange(16)}, "order must be of the model's 256 cells, not of 16"),
+        ({"given": np.zeros((16, 16))}, r"whole numbers .* float64 of shape \[16, 16\]"),
+        ({"given": np.full(256, 1024)}, "token 1024 is not in the model's codebook"),
+        ({"given": np.full(256, -2)}, "token -2 is not in the model's codebook"),
+    ],
+)
+def test_wrong_requests_are_answered(
+    pipeline: Pipeline, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        pipeline.stream([ImageRequest(**({"label": 13} | settings))])
 
 
 def test_seeds_and_indices_give_other_images(pipeline: Pipeline) -> None:
@@ -208,7 +272,7 @@ def test_seeds_and_indices_give_other_images(pipeline: Pipeline) -> None:
 
 
 def test_a_returned_image_is_not_overwritten_by_the_next(pipeline: Pipeline) -> None:
-    images = pipeline.stream({0: 13, 1: 2}, seed=0, sampling=pipeline.sampling())
+    images = pipeline.stream(asked({0: 13, 1: 2}, 0, pipeline.sampling()))
     first = next(images)
     pixels, token_ids = first.pixels.copy(), first.token_ids.copy()
     next(images)
@@ -260,17 +324,23 @@ def test_sampler_draws_what_the_reference_draws(
     uniform = torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     expected = draw(filter_logits(logits / temperature, top_k, top_p), uniform)
-    assert sample(logits, uniform, sampling).equal(expected)
+    rows = SamplingRows.of([sampling] * 2, 3, 32)
+    assert sample(logits, uniform, rows, sampling.filtered).equal(expected)
+    # Beside an image that is filtered in another way, its own are what they are alone.
+    other = Sampling(top_k=3, top_p=0.5, temperature=2.0)
+    mixed = sample(logits, uniform, SamplingRows.of([other, sampling], 3, 32))
+    assert mixed[1].equal(expected[1])
 
 
 def test_sampler_stays_in_the_vocabulary_at_the_ends() -> None:
     logits = torch.full((1, 2, 8), -torch.inf)
     logits[..., 3] = 0.0
+    rows = SamplingRows.of([Sampling()], 2, 8)
     for end in (0.0, 1 - 2**-53):
         uniform = torch.full((1, 2), end, dtype=torch.float64)
-        assert sample(logits, uniform, Sampling()).eq(3).all()
+        assert sample(logits, uniform, rows).eq(3).all()
     broken = torch.full((1, 2, 8), torch.nan)
-    assert sample(broken, torch.zeros(1, 2, dtype=torch.float64), Sampling()).lt(8).all()
+    assert sample(broken, torch.zeros(1, 2, dtype=torch.float64), rows).lt(8).all()
 
 
 def test_guidance_is_the_references() -> None:
@@ -321,13 +391,14 @@ def test_caches_are_updated_in_place_and_buffers_are_reused(tmp_path: Path) -> N
     generator._executor = Recording(files)
     labels, orders = expect["labels"].tolist(), expect["orders"]
     uniform = torch.zeros(orders.shape, dtype=torch.float64)
-    first = [t.data_ptr() for t in generator.generate(labels, orders, uniform, Sampling(cfg=2.0))]
-    count = len(bound)
-    second = [t.data_ptr() for t in generator.generate(labels, orders, uniform, Sampling(cfg=3.0))]
+    first, second = (
+        [t.data_ptr() for t in generator.generate(labels, orders, uniform, samplings)]
+        for samplings in ([Sampling(cfg=2.0)] * len(labels), [Sampling(cfg=3.0)] * len(labels))
+    )
     assert first == second
-    assert len(bound) == count, "a second generation of the same batch size bound anew"
     decode = [addresses for addresses in bound if "logits" in addresses]
-    assert len(decode) == len(vectors.config["group_sizes"])
+    sizes = vectors.config["group_sizes"]
+    assert len(decode) == len(sizes), "a second generation of the same batch size bound anew"
     for addresses in decode:
         for past in contract.cache_names("past", model.config.depth):
             assert addresses[past] == addresses[past.replace("past", "present")]
@@ -347,7 +418,7 @@ def test_nan_is_noticed_and_named(tmp_path: Path) -> None:
     uniform = torch.zeros(orders.shape, dtype=torch.float64)
     step = next(p.index + 1 for p in phase_table(sizes) if p.first_cell + p.queries > 5)
     with pytest.raises(UserError, match=f"step {step} .*NaN"):
-        generator.generate([0], orders, uniform, Sampling())
+        generator.generate([0], orders, uniform, [Sampling()])
 
 
 def test_nan_does_not_stay_for_the_next_generation(tmp_path: Path) -> None:
@@ -359,10 +430,10 @@ def test_nan_does_not_stay_for_the_next_generation(tmp_path: Path) -> None:
     generator = make_generator(tmp_path, model, tokenizer, vectors.config["group_sizes"])
     orders = expect["orders"][:1]
     uniform = torch.zeros(orders.shape, dtype=torch.float64)
-    before = generator.generate([0], orders, uniform, Sampling())[0].clone()
+    before = generator.generate([0], orders, uniform, [Sampling()])[0].clone()
     with pytest.raises(UserError, match="NaN"):
-        generator.generate([1], orders, uniform, Sampling())
-    assert generator.generate([0], orders, uniform, Sampling())[0].equal(before)
+        generator.generate([1], orders, uniform, [Sampling()])
+    assert generator.generate([0], orders, uniform, [Sampling()])[0].equal(before)
 
 
 class Counting(OnnxRuntimeExecutor):
@@ -370,6 +441,7 @@ class Counting(OnnxRuntimeExecutor):
 
     bound = 0
     bound_while_recording = 0
+    recorded = 0
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         self.bound += 1
@@ -377,6 +449,7 @@ class Counting(OnnxRuntimeExecutor):
 
     def record(self, work: Run) -> Run:
         before = self.bound
+        self.recorded += 1
         work()
         self.bound_while_recording += self.bound - before
         return work
@@ -400,6 +473,19 @@ def test_everything_is_bound_before_it_is_recorded(pipeline: Pipeline, emoji_bun
     np.testing.assert_array_equal(image.token_ids, pipeline.generate([13])[0].token_ids)
 
 
+def test_a_recording_serves_requests_of_all_settings(
+    pipeline: Pipeline, emoji_bundle: Path
+) -> None:
+    """Settings are in buffers; only filters, which sort, are recorded apart."""
+    replaying = counting(pipeline, emoji_bundle, Replaying)
+    assert isinstance(replaying.executor, Replaying)
+    for sampling in (SETTINGS[0], SETTINGS[2], SETTINGS[3], SETTINGS[4], SETTINGS[0]):
+        (image,) = replaying.stream([ImageRequest(13, sampling=sampling)])
+        (expected,) = pipeline.stream([ImageRequest(13, sampling=sampling)])
+        np.testing.assert_array_equal(image.token_ids, expected.token_ids)
+    assert replaying.executor.recorded == 2
+
+
 def test_a_last_smaller_batch_binds_nothing_anew(pipeline: Pipeline, emoji_bundle: Path) -> None:
     counted = counting(pipeline, emoji_bundle, Counting)
     assert isinstance(counted.executor, Counting)
@@ -407,7 +493,7 @@ def test_a_last_smaller_batch_binds_nothing_anew(pipeline: Pipeline, emoji_bundl
     bound = counted.executor.bound
     images = counted.generate([13, 2, 8, None], batch=3)
     assert counted.executor.bound == bound
-    (alone,) = pipeline.stream({3: None}, seed=0, sampling=pipeline.sampling())
+    (alone,) = pipeline.stream(asked({3: None}, 0, pipeline.sampling()))
     for image, expected in zip(images, [*full, alone], strict=True):
         np.testing.assert_array_equal(image.token_ids, expected.token_ids)
 
@@ -434,14 +520,14 @@ def test_memory_that_is_held_counts_as_free(
 ) -> None:
     pipeline.generate([13, 2, 8], batch=3)
     nothing = Memory(total=2**34, free=0)
-    monkeypatch.setattr("lpd_export.runtime.pipeline.read_memory", lambda: nothing)
+    monkeypatch.setattr("lpd_export.runtime.memory.read_memory", lambda: nothing)
     pipeline.generate([13, 2, 8], batch=3)
     with pytest.raises(UserError, match="smaller batch"):
         pipeline.generate([0] * 40, batch=40)
 
 
 def test_images_of_a_stream_stay_theirs_when_others_are_made_between(pipeline: Pipeline) -> None:
-    images = pipeline.stream({0: 13, 1: 2}, seed=0, sampling=pipeline.sampling(), batch=2)
+    images = pipeline.stream(asked({0: 13, 1: 2}, 0, pipeline.sampling()), batch=2)
     next(images)
     pipeline.generate([5, 6], seed=9, batch=2)
     second = next(images)
@@ -453,7 +539,7 @@ def test_teacher_forcing_follows_the_images_own_schedule(pipeline: Pipeline) -> 
     """Greedy tokens are the most probable ones of the logits that they were drawn from."""
     schedule = Schedule.make(16, steps=8, kind="random", count=2)
     images = pipeline.generate([13], cfg=1.0, top_k=1, schedule=schedule)
-    order = schedule.orders[images[0].order_index]
+    order = images[0].order
     drawn = pipeline.teacher_forced_logits(images).argmax(dim=-1)[0].numpy()
     np.testing.assert_array_equal(drawn, images[0].token_ids[order])
     with pytest.raises(UserError, match="each alone"):

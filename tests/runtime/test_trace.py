@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lpd_export import Pipeline, UserError
 from lpd_export.images import BLANK, to_uint8
-from lpd_export.runtime.pipeline import GeneratedImage
+from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
 from lpd_export.schedule.schedule import Schedule, step_of_cell
 
@@ -109,7 +109,7 @@ def test_each_picture_is_decoded_where_it_is_filled_and_blank_elsewhere(
 ) -> None:
     for image in images:
         schedule = image.schedule
-        order = schedule.orders[image.order_index]
+        order = image.order
         tokens = tokens_after_steps(image.token_ids, order, schedule.group_sizes)
         steps = step_of_cell(order[None], schedule.group_sizes)[0].reshape(16, 16)
         for step, picture in enumerate(pipeline.trace(image)):
@@ -126,7 +126,7 @@ def test_tokens_of_later_steps_show_in_no_picture(
     pipeline: Pipeline, images: list[GeneratedImage], step: int, seed: int
 ) -> None:
     image = images[seed % len(images)]
-    later = image.schedule.orders[image.order_index][image.schedule.group_sizes[: step + 1].sum() :]
+    later = image.order[image.schedule.group_sizes[: step + 1].sum() :]
     changed = image.token_ids.copy()
     changed[later] = np.random.default_rng(seed).integers(0, 1024, len(later))
     other = pipeline.trace(dataclasses.replace(image, token_ids=changed))
