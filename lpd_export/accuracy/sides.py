@@ -22,9 +22,10 @@ from lpd_export.files import sha256
 from lpd_export.formats import BACKENDS
 from lpd_export.precision.portable import portable_files
 from lpd_export.progress import Report
+from lpd_export.runtime.backends import open_executor
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-from lpd_export.runtime.pipeline import Pipeline, open_executor
+from lpd_export.runtime.pipeline import Pipeline
 from lpd_reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
 from lpd_reference.lpd import LPD, LPDConfig
 from lpd_reference.vq import VQConfig, VQTokenizer

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, Manifest
 from lpd_export.formats import BACKENDS, BFLOAT16, PRECISIONS
 from lpd_export.graphs import export
-from lpd_export.runtime.pipeline import WEIGHTS
+from lpd_export.runtime.backends import WEIGHTS
 
 FLOAT, BF16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 MIDDLE = 128

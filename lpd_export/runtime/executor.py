@@ -1,4 +1,4 @@
-"""What the generator asks of a backend, and which backends there are."""
+"""What the generator asks of a backend."""
 
 from __future__ import annotations
 

@@ -16,22 +16,19 @@ import torch
 from numpy.typing import NDArray
 
 from lpd_export.bundle.classes import display_name, resolve_classes
-from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle, Manifest
+from lpd_export.bundle.manifest import Bundle, Manifest
 from lpd_export.errors import UserError
-from lpd_export.files import cache_folder, sha256
-from lpd_export.formats import BACKENDS
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.runtime import teacher_forcing, tokenizer
+from lpd_export.runtime.backends import open_executor
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
 from lpd_export.runtime.memory import check_memory
-from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest, check_whole
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
 from lpd_export.schedule.schedule import Schedule, phase_table
 
-WEIGHTS = "onnx/weights.data"
 OTHER_NAMES = {"guidance_scale": "cfg", "cfg_scale": "cfg", "batch_size": "batch"}
 """What other libraries call them."""
 
@@ -396,41 +393,6 @@ class Pipeline:
             UserError: if the images are not of this model's resolution.
         """
         return tokenizer.tokenize(self._executor, self._dimensions, images)
-
-
-def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Executor:
-    """The executor of a bundle's backend over its files, verified.
-
-    Raises:
-        UserError: if a file is damaged, or this machine has not what the backend needs.
-    """
-    manifest = bundle.manifest
-    float_type = getattr(torch, manifest.float_type)
-    graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
-    if not BACKENDS[manifest.backend].compiles:
-        bundle.file(WEIGHTS)
-        files = {graph: bundle.file(name) for graph, name in graphs.items()}
-        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads)
-    if device == "cpu" or threads is not None:
-        raise UserError(
-            f"{bundle.path} holds {manifest.backend} engines, which run on a GPU: leave out the "
-            "CPU's settings, or build a bundle with --backend onnxruntime"
-        )
-    from lpd_export.runtime.tensorrt_executor import TensorRTExecutor
-
-    weights = None
-    if any(engine["weight_stripped"] for engine in manifest.engines.values()):
-        bundle.file(WEIGHTS)
-        weights = {graph: bundle.file(name) for graph, name in graphs.items()}
-    cache = cache_folder() / f"kernels-{sha256(bundle.path / MANIFEST)[:32]}.bin"
-    return TensorRTExecutor(
-        {graph: bundle.file(f"engines/{graph}.engine") for graph in graphs},
-        float_type,
-        manifest.backend,
-        device or "cuda",
-        weights,
-        cache if manifest.backend == "tensorrt-rtx" else None,
-    )
 
 
 def dimensions(manifest: Manifest) -> Dimensions:

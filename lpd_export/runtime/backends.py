@@ -1,0 +1,52 @@
+"""From a bundle to the executor of its backend: which files it takes, verified.
+
+Knows the files of a bundle; a backend is imported when a bundle needs it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle
+from lpd_export.errors import UserError
+from lpd_export.files import cache_folder, sha256
+from lpd_export.formats import BACKENDS
+from lpd_export.runtime.executor import Executor
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+
+WEIGHTS = "onnx/weights.data"
+
+
+def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Executor:
+    """The executor of a bundle's backend over its files, verified.
+
+    Raises:
+        UserError: if a file is damaged, or this machine has not what the backend needs.
+    """
+    manifest = bundle.manifest
+    float_type = getattr(torch, manifest.float_type)
+    graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
+    if not BACKENDS[manifest.backend].compiles:
+        bundle.file(WEIGHTS)
+        files = {graph: bundle.file(name) for graph, name in graphs.items()}
+        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads)
+    if device == "cpu" or threads is not None:
+        raise UserError(
+            f"{bundle.path} holds {manifest.backend} engines, which run on a GPU: leave out the "
+            "CPU's settings, or build a bundle with --backend onnxruntime"
+        )
+    from lpd_export.runtime.tensorrt_executor import TensorRTExecutor
+
+    weights = None
+    if any(engine["weight_stripped"] for engine in manifest.engines.values()):
+        bundle.file(WEIGHTS)
+        weights = {graph: bundle.file(name) for graph, name in graphs.items()}
+    cache = cache_folder() / f"kernels-{sha256(bundle.path / MANIFEST)[:32]}.bin"
+    return TensorRTExecutor(
+        {graph: bundle.file(f"engines/{graph}.engine") for graph in graphs},
+        float_type,
+        manifest.backend,
+        device or "cuda",
+        weights,
+        cache if manifest.backend == "tensorrt-rtx" else None,
+    )
