@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from filelock import FileLock
 
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_export.bundle.manifest import GRAPH_NAMES
+from lpd_export.graphs import export
 from lpd_reference import LPD, VQTokenizer
 from lpd_reference.lpd import LPDConfig
 from lpd_reference.vq import VQConfig
@@ -83,6 +87,34 @@ def made_once(shared_folder: Path) -> Callable[[str, Callable[[Path], object]], 
 
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once(made_once: MadeOnce) -> Iterator[None]:
+    """The same weights are exported once a run, which is most of the time of a small build.
+
+    Commands in processes of their own export anew.
+    """
+
+    def once(name: str, export_anew: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
+        def exported(model: LPD | VQTokenizer, *grid: int) -> ir.Model:
+            key = hashlib.sha256(repr((model.config, grid)).encode())
+            for weight in model.state_dict().values():
+                key.update(weight.contiguous().numpy().data)
+
+            def write(folder: Path) -> None:
+                folder.mkdir()
+                export.write_models({name: export_anew(model, *grid)}, folder)
+
+            return ir.load(made_once(f"{name}-{key.hexdigest()}", write) / f"{name}.onnx")
+
+        return exported
+
+    with pytest.MonkeyPatch.context() as patch:
+        for graph in GRAPH_NAMES:
+            name = f"export_{graph}"
+            patch.setattr(export, name, once(graph, getattr(export, name)))
+        yield
 
 
 def build_recipe(recipe: Path, out: Path, **settings: object) -> Path:
