@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lpd_export.errors import NumericalError, UserError
 from lpd_export.files import write_atomically
-from lpd_export.schedule.schedule import Schedule, step_of_cell
+from lpd_export.schedule.orders import step_of_cell
+from lpd_export.schedule.schedule_file import Schedule
 
 Pixels = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

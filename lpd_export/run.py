@@ -36,7 +36,7 @@ from lpd_export.runtime.onnxruntime_executor import check_threads
 from lpd_export.runtime.pipeline import Pipeline, Progress
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import Sampling
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 
 SHEET = "contact_sheet.png"
 TRACES = "trace"

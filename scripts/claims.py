@@ -55,7 +55,7 @@ from lpd_export.files import sha256, write_atomically
 from lpd_export.images import contact_sheet, save_png
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference import LPD, CheckpointError, load_lpd, load_tokenizer
 from training.classifier import Classifier, frechet_distance
 from training.classifier import load as load_classifier

@@ -37,7 +37,8 @@ from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import SCHEDULE
 from lpd_export.graphs import export
 from lpd_export.precision.casting import lower
-from lpd_export.schedule.schedule import Schedule, phase_table
+from lpd_export.schedule.phases import phase_table
+from lpd_export.schedule.schedule_file import Schedule
 
 
 @click.command()

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from lpd_export.images import contact_sheet, save_png, to_uint8
-from lpd_export.schedule.schedule import group_sizes, make_orders
+from lpd_export.schedule.orders import make_orders
+from lpd_export.schedule.phases import group_sizes
 from lpd_reference import LPD, LPDConfig, VQTokenizer, generate, load_tokenizer
 from training.command import (
     TrainingOptions,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lpd_export.graphs import contract
-from lpd_export.schedule.schedule import attention_mask, phase_table
+from lpd_export.schedule.phases import attention_mask, phase_table
 from lpd_reference.checkpoint import fill, lpd_config, vq_config
 from lpd_reference.lpd import LPD
 from lpd_reference.vq import VQTokenizer

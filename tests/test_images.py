@@ -19,7 +19,8 @@ from lpd_export.images import (
     step_colours,
     to_uint8,
 )
-from lpd_export.schedule.schedule import KINDS, Schedule, step_of_cell
+from lpd_export.schedule.orders import KINDS, step_of_cell
+from lpd_export.schedule.schedule_file import Schedule
 
 RED = (214, 30, 84)
 

@@ -31,7 +31,7 @@ from polygraphy.logger import G_LOGGER
 from lpd_export.accuracy.results import Measurement
 from lpd_export.accuracy.thresholds import Limits
 from lpd_export.precision.sensitivity import mean_kl
-from lpd_export.schedule.schedule import Phase
+from lpd_export.schedule.phases import Phase
 
 LEFT_ALONE = "rows_left_alone"
 """The output made of a phase's caches that says how far it changed rows it must not write."""

@@ -35,7 +35,8 @@ from lpd_export.runtime.executor import Run
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import Sampling, guide
-from lpd_export.schedule.schedule import Phase, Schedule, phase_table
+from lpd_export.schedule.phases import Phase, phase_table
+from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference.generate import generate, guidance_scale
 from lpd_reference.lpd import LPD, LayerCache
 from lpd_reference.vq import VQTokenizer

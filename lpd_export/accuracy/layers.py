@@ -33,7 +33,7 @@ from lpd_export.formats import PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision.portable import portable_files
 from lpd_export.progress import Report
-from lpd_export.schedule.schedule import Phase
+from lpd_export.schedule.phases import Phase
 from lpd_reference.lpd import LPD, Block
 from lpd_reference.vq import AttentionBlock, ResidualBlock, VQTokenizer
 

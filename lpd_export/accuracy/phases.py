@@ -19,7 +19,7 @@ from lpd_export.accuracy.comparison import comparable, quiet
 from lpd_export.accuracy.implementations import Drawn, Task
 from lpd_export.accuracy.sides import Sides
 from lpd_export.graphs.contract import cache_names
-from lpd_export.schedule.schedule import Phase, attention_mask
+from lpd_export.schedule.phases import Phase, attention_mask
 
 Arrays = Mapping[str, NDArray[Any]]
 

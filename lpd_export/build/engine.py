@@ -31,7 +31,7 @@ from lpd_export.errors import UserError
 from lpd_export.graphs import contract
 from lpd_export.precision.casting import WIDEST_FUSED_HEAD
 from lpd_export.progress import Progress
-from lpd_export.schedule.schedule import Phase
+from lpd_export.schedule.phases import Phase
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """The Python module of each backend."""

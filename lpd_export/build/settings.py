@@ -26,7 +26,8 @@ from lpd_export.formats import BACKENDS, ENGINE_BACKENDS, PRECISIONS, QUANTIZED
 from lpd_export.machine.doctor import can_build
 from lpd_export.machine.facts import read_memory
 from lpd_export.progress import Report
-from lpd_export.schedule.schedule import Phase, Schedule, phase_table
+from lpd_export.schedule.phases import Phase, phase_table
+from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate_all
 from lpd_reference.lpd import LPD, PUBLISHED_MODELS, LPDConfig
 from lpd_reference.vq import VQConfig, VQTokenizer

@@ -33,7 +33,8 @@ from lpd_export.bounds import Cfg, Digest, GuidanceSchedule
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder, sha256
 from lpd_export.formats import BACKENDS, FLOAT_TYPES, PRECISIONS
-from lpd_export.schedule.schedule import Phase, Schedule, phase_table
+from lpd_export.schedule.phases import Phase, phase_table
+from lpd_export.schedule.schedule_file import Schedule
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -59,7 +59,7 @@ def make(res: int, stride: int, out: str, force: bool, as_json: bool, **settings
     Example:
       lpd-export schedule make --res 256 --steps 20 --out orders.npz
     """
-    from lpd_export.schedule.schedule import Schedule
+    from lpd_export.schedule.schedule_file import Schedule
 
     if stride < 1 or res < stride or res % stride:
         raise UserError(f"--res {res} is not a multiple of the tokenizer's stride of {stride}")
@@ -81,7 +81,7 @@ def check(file: str, steps: int | None, as_json: bool) -> None:
       lpd-export schedule check orders.npz
       lpd-export schedule check res256_steps20_repulsion2.json --steps 20
     """
-    from lpd_export.schedule.schedule import Schedule
+    from lpd_export.schedule.schedule_file import Schedule
 
     describe_schedule(file, Schedule.load(file, steps=steps), as_json)
 
@@ -103,7 +103,7 @@ def show(file: str, steps: int | None, order: int, out: str, force: bool, as_jso
     import numpy as np
 
     from lpd_export.images import draw_schedule, save_png
-    from lpd_export.schedule.schedule import Schedule
+    from lpd_export.schedule.schedule_file import Schedule
 
     refuse_existing(Path(out), force)
     loaded = Schedule.load(file, steps=steps)
@@ -120,7 +120,7 @@ def refuse_existing(out: Path, force: bool) -> None:
 
 
 def describe_schedule(file: str, schedule: Any, as_json: bool) -> None:
-    from lpd_export.schedule.schedule import locality_statistics
+    from lpd_export.schedule.orders import locality_statistics
 
     statistics = locality_statistics(schedule.orders, schedule.group_sizes)
     if as_json:

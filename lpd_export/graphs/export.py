@@ -28,7 +28,7 @@ from torch.export import Dim
 
 from lpd_export.graphs import contract
 from lpd_export.graphs.modules import Decode, Detokenize, Tokenize
-from lpd_export.schedule.schedule import Phase
+from lpd_export.schedule.phases import Phase
 from lpd_reference.lpd import LPD
 from lpd_reference.vq import VQTokenizer
 

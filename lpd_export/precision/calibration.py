@@ -27,7 +27,7 @@ from lpd_export.precision.quantization import CLIPPING, Layer, quantizable_layer
 from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 
 MEASUREMENTS = "measurements"
 FEWEST_IMAGES, MOST_IMAGES = 4, 16

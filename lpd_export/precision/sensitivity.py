@@ -35,7 +35,7 @@ from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.requests import GeneratedImage
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 
 KEPT_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Shares of a graph's layers that are kept back, the noisiest first, in the order of trial."""

@@ -39,7 +39,7 @@ from lpd_export.precision.quantization import CLIPPING, LEVELS, quantize
 from lpd_export.precision.sensitivity import Chooser
 from lpd_export.progress import Report
 from lpd_export.runtime import generator, onnxruntime_executor, pipeline, randomness, sampler
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 
 MEASURING = (
     calibration_module,

@@ -20,7 +20,7 @@ from lpd_export.errors import NumericalError, UserError
 from lpd_export.graphs import contract
 from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.sampler import Sampling, SamplingRows, guide, sample
-from lpd_export.schedule.schedule import Phase, attention_mask
+from lpd_export.schedule.phases import Phase, attention_mask
 
 
 class Dimensions(NamedTuple):

@@ -27,7 +27,8 @@ from lpd_export.runtime.memory import check_memory
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest, check_whole
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
-from lpd_export.schedule.schedule import Schedule, phase_table
+from lpd_export.schedule.phases import phase_table
+from lpd_export.schedule.schedule_file import Schedule
 
 OTHER_NAMES = {"guidance_scale": "cfg", "cfg_scale": "cfg", "batch_size": "batch"}
 """What other libraries call them."""

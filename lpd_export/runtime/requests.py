@@ -17,7 +17,7 @@ from lpd_export.errors import UserError
 from lpd_export.runtime.generator import Dimensions
 from lpd_export.runtime.randomness import ImageRandomness, image_randomness
 from lpd_export.runtime.sampler import Sampling
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions
 from lpd_export.runtime.sampler import Sampling, SamplingRows, guide
-from lpd_export.schedule.schedule import Phase
+from lpd_export.schedule.phases import Phase
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpd_export.schedule.schedule import step_of_cell
+from lpd_export.schedule.orders import step_of_cell
 
 
 def filled_after_steps(

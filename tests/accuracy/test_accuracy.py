@@ -58,7 +58,8 @@ from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.graphs.contract import cache_names
 from lpd_export.runtime.sampler import Sampling
-from lpd_export.schedule.schedule import Schedule, phase_table
+from lpd_export.schedule.phases import phase_table
+from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference import LPD, VQTokenizer
 from lpd_reference.generate import guidance_scale
 from lpd_reference.lpd import LPDConfig

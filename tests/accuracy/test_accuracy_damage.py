@@ -24,7 +24,7 @@ from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.runtime import sampler
 from lpd_export.runtime.randomness import ImageRandomness, image_randomness
-from lpd_export.schedule.schedule import Phase, attention_mask
+from lpd_export.schedule.phases import Phase, attention_mask
 
 pytestmark = pytest.mark.model
 

@@ -28,7 +28,7 @@ from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.model

@@ -40,7 +40,7 @@ from lpd_export.errors import UserError
 from lpd_export.graphs import export
 from lpd_export.precision.casting import lower
 from lpd_export.runtime.tensorrt_executor import ShapeRange, choose_profile
-from lpd_export.schedule.schedule import Phase, group_sizes, phase_table
+from lpd_export.schedule.phases import Phase, group_sizes, phase_table
 from lpd_reference import LPD, LPDConfig
 
 pytest.importorskip("tensorrt_rtx")

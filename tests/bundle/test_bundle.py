@@ -23,7 +23,7 @@ from lpd_export.bundle.manifest import (
 )
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 
 USED_BY_RUN = (
     MANIFEST,

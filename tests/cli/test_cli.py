@@ -18,7 +18,7 @@ import lpd_export.cli.main
 from commandline import COMMAND, answer, end, entries, mistake, sentence, start
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.cli.exit_codes import EXIT_FAULT, EXIT_MISTAKE, EXIT_READER_GONE
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 
 COMMANDS = (["build"], ["run"], ["verify"], ["schedule", "make"], ["schedule", "check"])
 COMMANDS += (["schedule", "show"], ["inspect"], ["doctor"])

@@ -22,7 +22,8 @@ from lpd_export.images import BLANK, save_png
 from lpd_export.run import generate_images, is_whole
 from lpd_export.run_request import RunRequest
 from lpd_export.runtime.pipeline import Pipeline
-from lpd_export.schedule.schedule import Schedule, step_of_cell
+from lpd_export.schedule.orders import step_of_cell
+from lpd_export.schedule.schedule_file import Schedule
 
 pytestmark = pytest.mark.model
 

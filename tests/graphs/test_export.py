@@ -14,7 +14,7 @@ from torch import Tensor
 import golden
 from lpd_export.graphs import contract, export
 from lpd_export.graphs.modules import Decode, Detokenize, Tokenize, tensor_scatter
-from lpd_export.schedule.schedule import attention_mask, phase_table
+from lpd_export.schedule.phases import attention_mask, phase_table
 from lpd_reference import LPD, VQTokenizer
 
 pytestmark = pytest.mark.model

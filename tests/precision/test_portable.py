@@ -30,7 +30,7 @@ from lpd_export.graphs import export
 from lpd_export.precision.casting import lower
 from lpd_export.precision.portable import make_activations_unsigned, portable_files, round_to_bf16
 from lpd_export.precision.quantization import LEVELS, quantizable_layers, quantize, quantize_weight
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference.checkpoint import load_lpd
 
 pytestmark = pytest.mark.model

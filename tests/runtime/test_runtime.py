@@ -28,7 +28,8 @@ from lpd_export.runtime.pipeline import Progress
 from lpd_export.runtime.randomness import image_randomness
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import Sampling, SamplingRows, guide, sample
-from lpd_export.schedule.schedule import Schedule, phase_table
+from lpd_export.schedule.phases import phase_table
+from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference import LPD, VQTokenizer
 from lpd_reference.generate import draw, filter_logits, guidance_scale
 

@@ -16,7 +16,8 @@ from lpd_export import Pipeline, UserError
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
-from lpd_export.schedule.schedule import Schedule, step_of_cell
+from lpd_export.schedule.orders import step_of_cell
+from lpd_export.schedule.schedule_file import Schedule
 
 Case = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]
 

@@ -18,18 +18,15 @@ from hypothesis import strategies as st
 
 from lpd_export.errors import UserError
 from lpd_export.files import write_atomically
-from lpd_export.schedule.schedule import (
-    FOREIGN,
+from lpd_export.schedule.orders import (
     KINDS,
-    Schedule,
-    attention_mask,
-    group_sizes,
     locality_orders,
     locality_statistics,
     make_orders,
-    phase_table,
     step_of_cell,
 )
+from lpd_export.schedule.phases import attention_mask, group_sizes, phase_table
+from lpd_export.schedule.schedule_file import FOREIGN, Schedule
 
 PUBLISHED_SIZES = {
     (16, 20): "1 2 4 5 7 8 10 11 12 14 15 16 17 18 18 19 19 20 20 20",
@@ -285,7 +282,7 @@ def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_importing_schedules_does_not_import_torch() -> None:
-    program = "import sys, lpd_export.schedule.schedule; sys.exit('torch' in sys.modules)"
+    program = "import sys, lpd_export.schedule.schedule_file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -29,7 +29,7 @@ from lpd_export import Pipeline
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-from lpd_export.schedule.schedule import Schedule
+from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference import load_lpd, load_tokenizer
 from training.classifier import Classifier, ClassifierConfig, frechet_distance, load
 from training.data import ImageSet, load_image_set, to_signed

@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors import safe_open
 
-from lpd_export.schedule.schedule import group_sizes
+from lpd_export.schedule.phases import group_sizes
 from lpd_reference import LPDConfig, VQConfig, VQTokenizer, load_lpd, load_tokenizer
 from lpd_reference.lpd import LPD
 from training.command import TrainingOptions
