@@ -26,13 +26,9 @@ import onnx_ir as ir
 
 from lpd_export import formats
 from lpd_export.build.build import build
-from lpd_export.build.engine import (
-    EngineOptions,
-    Profile,
-    compile_graph,
-    decode_profiles,
-    tokenizer_profiles,
-)
+from lpd_export.build.compiler import EngineOptions
+from lpd_export.build.engine import compile_graph
+from lpd_export.build.profiles import Profile, decode_profiles, tokenizer_profiles
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import SCHEDULE
 from lpd_export.graphs import export
@@ -94,18 +90,23 @@ def lower_graphs(source: Path, graphs: Sequence[str], precision: str, folder: Pa
 
 
 def compile_in_process(folder: Path, graph: str, profiles: Sequence[Profile]) -> dict[str, Any]:
-    """The report of an engine compiled in a fresh process, with its peak memory in bytes."""
+    """The report of an engine, with the peak memory in bytes of the process that compiled it.
+
+    From a fresh process, which has had no other child.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(_compile, folder, graph, profiles).result()
 
 
 def _compile(folder: Path, graph: str, profiles: Sequence[Profile]) -> dict[str, Any]:
-    path, log = folder / f"{graph}.onnx", folder / f"{graph}.log"
-    compiled = compile_graph(path, graph, profiles, EngineOptions("tensorrt-rtx"), log)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path, engine, log = (folder / f"{graph}.{kind}" for kind in ("onnx", "engine", "log"))
+    report = compile_graph(
+        path, graph, profiles, EngineOptions(formats.TENSORRT_RTX.name), engine, log
+    )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
-    return {**dataclasses.asdict(compiled.report), "peak_memory": peak}
+    return {**dataclasses.asdict(report), "peak_memory": peak}
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ PIPELINE = {
 WORDS = {
     "build": "RECIPE --res --model --steps --checkpoint --tokenizer --heads --classes --schedule "
     "--orders --repulsion --cfg --guidance --precision --keep-layers --backend --max-batch "
-    "--workspace --optimization-level --timing-cache --version-compatible --hardware-compatible "
-    "--compute-capability --weight-stripped --random-weights --seed --out --force "
+    "--workspace --optimization-level --timing-cache --hardware-compatible "
+    "--compute-capability --random-weights --seed --out --force "
     "--dry-run --quiet --verbose --json",
     "run": "BUNDLE --class -n --seed --cfg --guidance --temperature --top-k --top-p --batch "
     "--schedule --steps --device --threads --save-tokens --trace --resume --out "

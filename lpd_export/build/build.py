@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 
 import lpd_export
-from lpd_export.build import engine
+from lpd_export.build.checks import check_request
+from lpd_export.build.compiler import EngineOptions
+from lpd_export.build.engine import compile_graph
 from lpd_export.build.memory import memory_shortage_told
+from lpd_export.build.profiles import decode_profiles, tokenizer_profiles
 from lpd_export.build.request import BuildRequest
 from lpd_export.build.settings import (
     Settings,
     Source,
-    check_request,
     check_room,
-    engine_options,
     load,
     settle,
     weight_sources,
@@ -46,7 +47,6 @@ from lpd_export.bundle.manifest import (
     ModelDescription,
     Origin,
     TokenizerDescription,
-    check_destination,
     describe_files,
     new_bundle,
 )
@@ -68,7 +68,7 @@ DEFAULT_MAX_BATCH = 8
 def build(
     request: BuildRequest,
     report: Report = lambda stage: None,
-    progress: Progress | None = None,
+    progress: Progress = lambda stage, step, steps: None,
 ) -> Path:
     """Makes the bundle that a request asks for and returns its folder.
 
@@ -82,8 +82,6 @@ def build(
     """
     check_request(request)
     kept_layers = read_kept_layers(Path(request.keep_layers)) if request.keep_layers else {}
-    if request.out:
-        check_destination(Path(request.out), request.force)
     with memory_shortage_told():
         source = load(request, report)
         settings = settle(request, source)
@@ -111,7 +109,8 @@ def build(
         compare_with_reference(onnx_folder, manifest, settings, check, report)
         if BACKENDS[request.backend].compiles:
             engines = compile_engines(folder, request, settings, report, progress)
-            manifest = dataclasses.replace(manifest, engines=engines)
+            version = engines["decode"]["backend_version"]
+            manifest = dataclasses.replace(manifest, engines=engines, backend_version=version)
         report("taking checksums")
         manifest = dataclasses.replace(manifest, files=describe_files(folder))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -148,39 +147,32 @@ def compile_engines(
     request: BuildRequest,
     settings: Settings,
     report: Report,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, EngineRecord]:
     """Compiles every graph to `engines/`, with the builder's logs; returns what they became."""
-    options = engine_options(request)
+    fields = [field.name for field in dataclasses.fields(EngineOptions)]
+    options = EngineOptions(**{name: getattr(request, name) for name in fields})
     engines: dict[str, EngineRecord] = {}
     (folder / "engines").mkdir()
     max_batch = request.max_batch or DEFAULT_MAX_BATCH
     for graph in GRAPH_NAMES:
         report(f"compiling {graph} for {request.backend}")
         profiles = (
-            engine.decode_profiles(settings.phases, max_batch)
+            decode_profiles(settings.phases, max_batch)
             if graph == "decode"
-            else engine.tokenizer_profiles(max_batch)
+            else tokenizer_profiles(max_batch)
         )
-        log = engine_log(settings, graph)
-        compiled = engine.compile_graph(
-            folder / "onnx" / f"{graph}.onnx",
-            graph,
-            profiles,
-            options,
-            log,
-            progress or (lambda stage, step, steps: None),
-        )
-        shutil.move(log, folder / "engines" / f"{graph}.log")
-        (folder / "engines" / f"{graph}.engine").write_bytes(compiled.serialized)
-        for note in compiled.report.notes:
+        path, log = folder / "onnx" / f"{graph}.onnx", engine_log(settings, graph)
+        engine = folder / "engines" / f"{graph}.engine"
+        compiled = compile_graph(path, graph, profiles, options, engine, log, progress)
+        shutil.move(log, engine.with_suffix(".log"))
+        for note in compiled.notes:
             report(note)
         engines[graph] = {
-            **dataclasses.asdict(compiled.report),  # type: ignore[typeddict-item]
-            "weight_stripped": options.weight_stripped,
+            **dataclasses.asdict(compiled),  # type: ignore[typeddict-item]
             "tensors": {
                 name: f"[{', '.join(map(str, shape))}]"
-                for name, shape in export.load_shapes(folder / "onnx" / f"{graph}.onnx").items()
+                for name, shape in export.load_shapes(path).items()
                 if not (contract.is_past(name) or contract.is_present(name))
             },
             "optimization_profiles": [
@@ -306,7 +298,7 @@ def describe(request: BuildRequest, source: Source, settings: Settings) -> Manif
         precision=request.precision,
         float_type=PRECISIONS[request.precision].float_type(request.backend).torch,
         backend=request.backend,
-        backend_version=backend_version(request.backend),
+        backend_version=onnxruntime.__version__,  # of engines it is known when they are compiled
         target_compute_capabilities=list(request.compute_capability),
         max_batch=request.max_batch
         or (DEFAULT_MAX_BATCH if BACKENDS[request.backend].compiles else None),
@@ -320,12 +312,6 @@ def describe(request: BuildRequest, source: Source, settings: Settings) -> Manif
         made=describe_making(request, source),
         files={},
     )
-
-
-def backend_version(backend: str) -> str:
-    if BACKENDS[backend].compiles:
-        return str(engine.load_tensorrt(backend).__version__)
-    return str(onnxruntime.__version__)
 
 
 def describe_making(request: BuildRequest, source: Source) -> Made:

@@ -13,7 +13,22 @@ from collections.abc import Iterator
 
 from lpd_export.errors import UserError
 
-OUT_OF_MEMORY = ("allocate memory", "bad_alloc", "not enough memory", "out of memory")
+OUT_OF_MEMORY = (
+    "allocate memory",
+    "bad_alloc",
+    "not enough memory",
+    "out of memory",
+    "OutOfMemory",
+    "Resource temporarily unavailable",  # no thread can be started
+)
+SHORTAGE_ADVICE = (
+    "end other programs, use a larger machine, or build a smaller model, --res or --max-batch"
+)
+
+
+def tells_of_shortage(text: str) -> bool:
+    """Whether the words of a library say that memory did not suffice."""
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -22,7 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     while cause is not None:
         if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:
             return True
-        if any(words in str(cause) for words in OUT_OF_MEMORY):
+        if tells_of_shortage(str(cause)):
             return True
         cause = cause.__cause__ or cause.__context__
     return False
@@ -39,7 +54,4 @@ def memory_shortage_told() -> Iterator[None]:
         # What failed lets go of what it holds: cleaning up needs memory too.
         traceback.clear_frames(error.__traceback__)
         gc.collect()
-        raise UserError(
-            "memory ran out during the build: end other programs, use a larger machine, or build "
-            "a smaller model or --res"
-        ) from error
+        raise UserError(f"memory ran out during the build: {SHORTAGE_ADVICE}") from error

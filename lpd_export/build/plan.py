@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from lpd_export.build.build import DEFAULT_MAX_BATCH
+from lpd_export.build.checks import check_request
 from lpd_export.build.request import BuildRequest
 from lpd_export.build.settings import (
     Source,
-    check_request,
+    check_room,
     load,
     model_name,
     needed_room,
@@ -27,6 +28,7 @@ from lpd_export.build.settings import (
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, SCHEDULE, check_destination
 from lpd_export.errors import UserError
 from lpd_export.formats import BACKENDS, PRECISIONS
+from lpd_export.precision.writer import read_kept_layers
 from lpd_export.progress import Report
 from lpd_reference.checkpoint import CheckpointError, is_here
 from lpd_reference.lpd import LPD
@@ -84,12 +86,13 @@ def plan(request: BuildRequest, report: Report = lambda stage: None) -> Plan:
         UserError: as `build`, or if the weights are not here and of no published model.
     """
     check_request(request)
-    if request.out:
-        check_destination(Path(request.out), request.force)
+    if request.keep_layers:
+        read_kept_layers(Path(request.keep_layers))
     here = {} if request.random_weights else find(weight_sources(request))
     source = load(request, report) if here and all(here.values()) else unfilled(request, here)
     settings = settle(request, source)
     check_destination(settings.out, request.force)
+    check_room(request, settings.out, source)
     config, parameters = source.model.config, [source.model, source.tokenizer]
     memory, disk = needed_room(request, source)
     graphs = GRAPH_NAMES if BACKENDS[request.backend].compiles else ()

@@ -2,7 +2,7 @@
 
 A recipe names the same settings as the command line, with the same words; paths in it are
 relative to the recipe. The types and bounds of all settings are here; what they mean together is
-in `settings`.
+in `checks` and `settings`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ ENGINE_FIELDS = (
     "workspace",
     "optimization_level",
     "timing_cache",
-    "version_compatible",
     "hardware_compatible",
     "compute_capability",
-    "weight_stripped",
 )
 """Settings that only engines have."""
 CHOICES = {
@@ -85,10 +83,8 @@ class BuildRequest(BaseModel):
     workspace: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
     timing_cache: str | None = None
-    version_compatible: bool = False
     hardware_compatible: bool = False
     compute_capability: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    weight_stripped: bool = False
     random_weights: bool = False
     seed: Seed = 0
     out: str | None = None

@@ -1,7 +1,7 @@
 """What a build is made from: a request becomes models and settings.
 
-Knows what follows from what the user left out, and which requests contradict themselves, cannot
-be met here, or need more room than there is. Writes nothing.
+Knows what follows from what the user left out, and which builds need more room than there is.
+Writes nothing. What can be told without a model is in `checks`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lpd_export.build import engine
+from lpd_export.build.checks import DEFAULT_MODEL, DEFAULT_RESOLUTION, published
 from lpd_export.build.published import (
     NUM_CLASSES,
     TOKENIZER,
@@ -19,11 +19,10 @@ from lpd_export.build.published import (
     PublishedSettings,
     published_settings,
 )
-from lpd_export.build.request import ENGINE_FIELDS, BuildRequest
+from lpd_export.build.request import BuildRequest
 from lpd_export.bundle import classes
 from lpd_export.errors import UserError
-from lpd_export.formats import BACKENDS, ENGINE_BACKENDS, PRECISIONS, QUANTIZED
-from lpd_export.machine.doctor import can_build
+from lpd_export.formats import BACKENDS, PRECISIONS
 from lpd_export.machine.facts import read_memory
 from lpd_export.progress import Report
 from lpd_export.schedule.phases import Phase, phase_table
@@ -32,8 +31,6 @@ from lpd_reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, 
 from lpd_reference.lpd import LPD, PUBLISHED_MODELS, LPDConfig
 from lpd_reference.vq import VQConfig, VQTokenizer
 
-DEFAULT_MODEL = "lpd-l"
-DEFAULT_RESOLUTION = 256
 DEFAULT_ORDERS = 64
 DEFAULT_CFG = 3.0
 """Guidance recommended for a model without published settings, unless --cfg says otherwise."""
@@ -74,46 +71,6 @@ class Settings:
         return 1 if self.cfg == 1.0 else 2
 
 
-def check_request(request: BuildRequest) -> None:
-    """Raises UserError for what contradicts itself or cannot be built by this version."""
-    if BACKENDS[request.backend].compiles:
-        engine_options(request)
-    else:
-        refuse_engine_options(request)
-    if request.keep_layers and not PRECISIONS[request.precision].quantization:
-        raise UserError(
-            "--keep-layers says which layers are not quantized: it needs --precision "
-            f"{' or '.join(QUANTIZED)}, not {request.precision}"
-        )
-    why_not = can_build(request.precision, request.backend)
-    if why_not:
-        raise UserError(f"cannot build {request.precision} for {request.backend} here: {why_not}")
-    if request.model is not None and request.model not in PUBLISHED_MODELS:
-        known = ", ".join(PUBLISHED_MODELS)
-        raise UserError(f"there is no model {request.model!r}: the published ones are {known}")
-    if request.heads is not None and not request.checkpoint:
-        raise UserError("--heads needs --checkpoint, the model that has them")
-    if request.random_weights and (request.checkpoint or request.tokenizer):
-        raise UserError("--random-weights goes with neither --checkpoint nor --tokenizer")
-    if request.tokenizer and not request.checkpoint:
-        raise UserError("--tokenizer needs --checkpoint, the model whose tokens it decodes")
-    if not (request.random_weights or request.checkpoint or request.model or request.res):
-        raise UserError(
-            "say what to build: --res 256 (the published lpd-l), --checkpoint FILE --tokenizer "
-            "FILE, or a recipe such as engines/demo.toml"
-        )
-
-
-def refuse_engine_options(request: BuildRequest) -> None:
-    """Raises UserError for options of engines where none is built."""
-    for field in ENGINE_FIELDS:
-        if getattr(request, field):
-            raise UserError(
-                f"--{field.replace('_', '-')} is for engines: it needs --backend "
-                f"{' or '.join(ENGINE_BACKENDS)}"
-            )
-
-
 def load(request: BuildRequest, report: Report) -> Source:
     """The models of a request.
 
@@ -150,17 +107,6 @@ def load(request: BuildRequest, report: Report) -> Source:
 def weight_sources(request: BuildRequest) -> tuple[str, str]:
     """Where the weights of a request are: of the model, and of the tokenizer."""
     return request.checkpoint or published(request).checkpoint, request.tokenizer or TOKENIZER
-
-
-def published(request: BuildRequest) -> PublishedSettings:
-    """The published model that a request without a checkpoint means."""
-    name, res = request.model or DEFAULT_MODEL, request.res or DEFAULT_RESOLUTION
-    settings = published_settings(name, res, request.steps)
-    if settings is None:
-        raise UserError(
-            f"{name} was not published at {res} px: give a --checkpoint, or --random-weights"
-        )
-    return settings
 
 
 def draw_random_weights(request: BuildRequest, report: Report) -> Source:
@@ -281,21 +227,3 @@ def check_room(request: BuildRequest, out: Path, source: Source) -> None:
             f"the build needs {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB "
             "free: make room, or choose another --out"
         )
-
-
-def engine_options(request: BuildRequest) -> engine.EngineOptions:
-    """The engine options of a request.
-
-    Raises:
-        UserError: for an option that the backend has not.
-    """
-    return engine.EngineOptions(
-        backend=request.backend,
-        workspace_mib=request.workspace,
-        optimization_level=request.optimization_level,
-        timing_cache=Path(request.timing_cache) if request.timing_cache else None,
-        version_compatible=request.version_compatible,
-        hardware_compatible=request.hardware_compatible,
-        compute_capabilities=tuple(request.compute_capability),
-        weight_stripped=request.weight_stripped,
-    )

@@ -100,9 +100,8 @@ def engine_lines(manifest: Manifest) -> Iterator[str]:
     """What each engine is: its size, targets, profiles and what goes in and out."""
     for graph, engine in manifest.engines.items():
         targets = ", ".join(manifest.target_compute_capabilities) or "the default GPUs"
-        stripped = ", without weights" if engine["weight_stripped"] else ""
         yield (
-            f"  engine     {graph}: {engine['size'] / 1e6:.1f} MB{stripped}, "
+            f"  engine     {graph}: {engine['size'] / 1e6:.1f} MB, "
             f"{engine['backend']} {engine['backend_version']} for {targets}, "
             f"{engine['engine_layers']} layers"
         )

@@ -168,7 +168,6 @@ class EngineRecord(TypedDict):
     copied_caches: Sequence[str]
     attentions: int
     decomposable_attentions: int
-    weight_stripped: bool
     tensors: dict[str, str]
     optimization_profiles: list[
         dict[str, Annotated[Sequence[int], Field(min_length=3, max_length=3)]]

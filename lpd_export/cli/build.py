@@ -65,9 +65,6 @@ from lpd_export.cli.progress import stages
 @click.option("--optimization-level", type=int, metavar="0-5", help="Engines: how long to search.")
 @click.option("--timing-cache", metavar="FILE", help="TensorRT: kernel timings to use and add to.")
 @click.option(
-    "--version-compatible", is_flag=True, default=None, help="TensorRT: for later versions too."
-)
-@click.option(
     "--hardware-compatible", is_flag=True, default=None, help="TensorRT: for Ampere and later."
 )
 @click.option(
@@ -75,12 +72,6 @@ from lpd_export.cli.progress import stages
     multiple=True,
     metavar="8.9",
     help="TensorRT-RTX: a GPU to compile for; may be repeated.",
-)
-@click.option(
-    "--weight-stripped",
-    is_flag=True,
-    default=None,
-    help="Engines without weights, filled from the ONNX files when they are loaded.",
 )
 @click.option(
     "--random-weights", is_flag=True, default=None, help="A full-size model without a checkpoint."
@@ -118,6 +109,9 @@ def build(
     settings = named_recipe(recipe) if recipe else {}
     settings |= {name: value for name, value in options.items() if value not in (None, ())}
     request = BuildRequest(**settings)
+    from lpd_export.build.checks import check_request
+
+    check_request(request)  # a slip is told before torch is loaded
     if dry_run:
         tell_plan(request, as_json)
         return

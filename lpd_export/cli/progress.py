@@ -6,14 +6,10 @@ Knows what the work calls to say how far it is, not what the work is.
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from lpd_export.cli.streams import lossy_stderr
 
 if TYPE_CHECKING:
     from lpd_export.run import Advance
@@ -36,21 +32,19 @@ def stages(
         TextColumn("{task.description}{task.fields[detail]}"),
         TimeElapsedColumn(),
     )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(stderr_of_its_own())
-        console = Console(stderr=True)
-        if quiet:
-            yield lambda stage: None, lambda stage, step, steps: None
-            return
-        if verbose or not console.is_terminal:
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda stage: None, lambda stage, step, steps: None
+        return
+    if verbose or not console.is_terminal:
 
-            def tell(stage: str, step: int, steps: int) -> None:
-                if verbose:
-                    say(f"{stage} {step} of {steps}")
+        def tell(stage: str, step: int, steps: int) -> None:
+            if verbose:
+                say(f"{stage} {step} of {steps}")
 
-            yield say, tell
-            return
-        progress = stack.enter_context(Progress(*columns, console=console))
+        yield say, tell
+        return
+    with Progress(*columns, console=console) as progress:
 
         def finish() -> None:
             for task in progress.tasks:
@@ -65,17 +59,6 @@ def stages(
 
         yield report, advance
         finish()
-
-
-@contextlib.contextmanager
-def stderr_of_its_own() -> Iterator[None]:
-    """Leads sys.stderr past file descriptor 2, which is the log's while TensorRT compiles."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(AttributeError, OSError):  # closed, or not a file
-            another = os.dup(sys.stderr.fileno())
-            stack.callback(os.close, another)
-            stack.enter_context(lossy_stderr(another))
-        yield
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
-from lpd_export.formats import BACKENDS
+from lpd_export.formats import BACKENDS, TENSORRT_RTX
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 
@@ -37,16 +37,11 @@ def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Ex
         )
     from lpd_export.runtime.tensorrt_executor import TensorRTExecutor
 
-    weights = None
-    if any(engine["weight_stripped"] for engine in manifest.engines.values()):
-        bundle.file(WEIGHTS)
-        weights = {graph: bundle.file(name) for graph, name in graphs.items()}
     cache = cache_folder() / f"kernels-{sha256(bundle.path / MANIFEST)[:32]}.bin"
     return TensorRTExecutor(
         {graph: bundle.file(f"engines/{graph}.engine") for graph in graphs},
         float_type,
         manifest.backend,
         device or "cuda",
-        weights,
-        cache if manifest.backend == "tensorrt-rtx" else None,
+        cache if manifest.backend == TENSORRT_RTX.name else None,
     )

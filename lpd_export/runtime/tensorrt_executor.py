@@ -24,9 +24,9 @@ from torch import Tensor
 
 from lpd_export.errors import GraphError, UserError
 from lpd_export.files import write_atomically
+from lpd_export.formats import BACKENDS
 from lpd_export.runtime.executor import Run
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TORCH_TYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -73,7 +73,6 @@ class TensorRTExecutor:
         float_type: of the graphs.
         backend: "tensorrt" or "tensorrt-rtx".
         device: "cuda", or with an index.
-        weights: for engines built without weights, the ONNX file that each takes them from.
         runtime_cache: where TensorRT-RTX finds and leaves the kernels that it compiles here.
 
     Raises:
@@ -86,7 +85,6 @@ class TensorRTExecutor:
         float_type: torch.dtype = torch.float16,
         backend: str = "tensorrt",
         device: str = "cuda",
-        weights: Mapping[str, Path] | None = None,
         runtime_cache: Path | None = None,
     ) -> None:
         self.trt = import_tensorrt(backend)
@@ -95,7 +93,6 @@ class TensorRTExecutor:
         self.records = True  # until a capture fails
         self.logger = make_logger(self.trt)
         self._engine_files = dict(engines)
-        self._weights = dict(weights or {})
         self._runtime_cache_file = runtime_cache
         self._cache: Any = None
         self._engines: dict[str, Any] = {}
@@ -124,8 +121,6 @@ class TensorRTExecutor:
                 name = torch.cuda.get_device_name(self.device)
                 path = self._engine_files[graph]
                 engine = deserialize(self.trt, self._runtime, self.logger, path, name)
-                if graph in self._weights:
-                    refit(self.trt, engine, self.logger, self._weights[graph])
             self._engines[graph] = engine
         return self._engines[graph]
 
@@ -408,7 +403,7 @@ def import_tensorrt(backend: str) -> Any:
     Raises:
         UserError: if it is not installed.
     """
-    name = MODULES[backend]
+    name = BACKENDS[backend].module
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -499,20 +494,6 @@ def deserialize(trt: Any, runtime: Any, logger: Any, path: Path, gpu: str) -> An
             f"{explain(reason)}"
         )
     return engine
-
-
-def refit(trt: Any, engine: Any, logger: Any, path: Path) -> None:
-    """Gives an engine that was built without weights those of an ONNX file.
-
-    Raises:
-        UserError: if they are not its own.
-    """
-    refitter = trt.Refitter(engine, logger)
-    parser = trt.OnnxParserRefitter(refitter, logger)
-    if not (parser.refit_from_file(str(path)) and refitter.refit_cuda_engine()):
-        raise UserError(
-            f"the engine does not take its weights from {path}: {explain(logger.take())}"
-        )
 
 
 def load_cache(config: Any, path: Path | None) -> Any:

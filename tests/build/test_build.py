@@ -28,6 +28,7 @@ from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
+from lpd_export.machine.doctor import can_build
 from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference.checkpoint import CheckpointError
 
@@ -288,7 +289,6 @@ def test_a_dry_run_fetches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ),
         ("--res 256 --precision fp8", "'fp8' is not one of 'fp32', 'bf16', 'fp16', 'int8'"),
         ("--res 256 --workspace 64", "--workspace is for engines: it needs --backend tensorrt or"),
-        ("--res 256 --weight-stripped", "--weight-stripped is for engines"),
         ("--res 256 --compute-capability 8.9", "--compute-capability is for engines"),
         (
             "--res 256 --backend tensorrt-rtx --optimization-level 9",
@@ -346,6 +346,41 @@ def test_requests_that_cannot_be_met(
     monkeypatch.chdir(tmp_path)
     assert message in mistake("build", *options.split(), "--out", "a/bundle")
     assert entries(tmp_path) == []
+
+
+SLIPS = """
+import sys
+from lpd_export.cli.main import run_command
+
+for line in sys.stdin.read().splitlines():
+    assert run_command(["build", *line.split()]) == 2, line
+assert "torch" not in sys.modules, "torch"
+"""
+
+
+def test_slips_are_told_before_torch_is_loaded(small_bundle: Path) -> None:
+    """And by a dry run in the same words: it does not describe what cannot be built here."""
+    slips = [
+        "",
+        "engines/gone.toml",
+        "--res 384",
+        "--res 256 --precision bf16",
+        "--res 256 --workspace 64",
+        "--res 256 --precision int4",
+        "--checkpoint gone.pth",
+        f"--random-weights --out {small_bundle}",
+    ]
+    if why_not := can_build("fp16", "tensorrt"):
+        slips.append("--res 256 --precision fp16 --backend tensorrt")
+    lines = [f"{slip}{dry}" for slip in slips for dry in ("", " --dry-run")]
+    done = subprocess.run(
+        [sys.executable, "-c", SLIPS], input="\n".join(lines), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("lpd-export: error: ")]
+    assert told[::2] == told[1::2]
+    assert len(told) == len(lines)
+    assert not why_not or told[-1].endswith(f"cannot build fp16 for tensorrt here: {why_not}")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,8 @@ from onnx import TensorProto
 import lpd_export.build.build
 from commandline import answer, end, entries, mistake, sentence, start, wait_for
 from lpd_export.build.build import build
-from lpd_export.build.engine import CompiledEngine, EngineOptions, compile_graph
+from lpd_export.build.compiler import EngineOptions
+from lpd_export.build.engine import EngineReport, compile_graph
 from lpd_export.build.request import BuildRequest, read_recipe
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.errors import UserError
@@ -147,7 +149,6 @@ def test_a_bundle_holds_an_engine_and_its_log_for_each_graph(
     for graph, report in manifest.engines.items():
         assert report["size"] == manifest.files[f"engines/{graph}.engine"].size
         assert report["backend_version"] == tensorrt_rtx.__version__
-        assert report["weight_stripped"] is False
         assert report["profiles"] == len(report["optimization_profiles"])
     assert list(manifest.engines) == list(GRAPH_NAMES)
     assert [path.name for path in bundle.path.parent.iterdir()] == [precision]
@@ -241,7 +242,7 @@ def test_every_phase_file_compiles_alone(bundles: Bundles, precision: str, tmp_p
     paths = sorted(bundle.path.glob("onnx/phase_*.onnx"))
     assert len(paths) == len(bundle.manifest.phases)
     for path in paths:
-        report = compile_graph(path, "decode", (), RTX, tmp_path / "log").report
+        report = compile_graph(path, "decode", (), RTX, tmp_path / "engine", tmp_path / "log")
         unfused = depth if precision == "fp32" else 0
         assert (report.attentions, report.decomposable_attentions) == (depth, unfused)
         assert len(report.fused_kernels) == depth - unfused
@@ -505,17 +506,16 @@ def test_a_recipe_of_engine_options(weights: list[object], tmp_path: Path) -> No
         'compute-capability = ["8.9"]\noptimization-level = 1\nworkspace = 256\nmax-batch = 1',
     )
     seen = []
-    compile_once = lpd_export.build.build.engine.compile_graph
 
-    def compile_seen(*arguments: Any) -> CompiledEngine:
+    def compile_seen(*arguments: Any) -> EngineReport:
         seen.append(next(value for value in arguments if isinstance(value, EngineOptions)))
-        return compile_once(*arguments)
+        return compile_graph(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lpd_export.build.build.engine, "compile_graph", compile_seen)
+        patch.setattr(lpd_export.build.build, "compile_graph", compile_seen)
         assert answer("build", recipe).code == 0
     options = EngineOptions(
-        "tensorrt-rtx", workspace_mib=256, optimization_level=1, compute_capabilities=("8.9",)
+        "tensorrt-rtx", workspace=256, optimization_level=1, compute_capability=("8.9",)
     )
     assert seen == [options] * 3
     manifest = Bundle.open(tmp_path / "small").manifest
@@ -538,8 +538,7 @@ def test_a_recipe_with_capabilities_of_a_wrong_type(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("tensorrt-rtx --timing-cache a.cache", "leave out the timing cache a.cache"),
-        ("tensorrt-rtx --version-compatible", "leave out version compatibility"),
+        ("tensorrt-rtx --timing-cache a.cache", "leave out the timing cache"),
         ("tensorrt-rtx --hardware-compatible", "leave out hardware compatibility"),
         ("tensorrt-rtx --compute-capability 9.0", "12.1, not for '9.0'"),
         (
@@ -557,52 +556,6 @@ def test_options_of_another_backend_are_refused(
     command = ["build", *weights, "--backend", *options.split(), "--out", tmp_path / "a"]
     assert message in mistake(*command)
     assert entries(tmp_path) == []
-
-
-def test_weight_stripped_engines_say_so(
-    bundles: Bundles,
-    weights: list[object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With a stand-in for the compiler, which strips weights on a machine with a GPU alone."""
-    whole = bundles("fp16")
-    compile_whole = lpd_export.build.build.engine.compile_graph
-
-    def strip(path: Path, graph: str, profiles: Any, options: EngineOptions, *more: Any) -> Any:
-        assert options.weight_stripped
-        return compile_whole(path, graph, profiles, RTX, *more)
-
-    monkeypatch.setattr(lpd_export.build.build.engine, "compile_graph", strip)
-    out = tmp_path / "stripped"
-    options = rtx("--precision", "fp16", "--weight-stripped", "--out", out)
-    said = answer("build", *weights, *options)
-    assert said.code == 0, said
-    manifest = Bundle.open(out).manifest
-    assert [engine["weight_stripped"] for engine in manifest.engines.values()] == [True] * 3
-    assert answer("inspect", out).out.count(" MB, without weights, tensorrt-rtx ") == 3
-    assert "without weights" not in answer("inspect", whole.path).out
-
-
-@NO_GPU
-def test_weights_are_not_stripped_without_a_gpu(weights: list[object], tmp_path: Path) -> None:
-    options = rtx("--precision", "fp16", "--weight-stripped", "--out", tmp_path / "a")
-    said = mistake("build", *weights, *options)
-    assert "a weight-stripped engine can be built on a machine with a GPU alone" in said
-    assert entries(tmp_path) == []
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="weights are stripped on a GPU alone")
-def test_weight_stripped_engines_are_smaller(weights: list[object], tmp_path: Path) -> None:
-    sizes = {}
-    for name, more in (("whole", []), ("stripped", ["--weight-stripped"])):
-        options = rtx("--precision", "fp16", *more, "--out", tmp_path / name)
-        assert answer("build", *weights, *options).code == 0
-        manifest = Bundle.open(tmp_path / name).manifest
-        assert manifest.engines["decode"]["weight_stripped"] is bool(more)
-        sizes[name] = manifest.files["engines/decode.engine"].size
-    assert sizes["stripped"] < sizes["whole"]
 
 
 # --------------------------------------------------------------------------- builds that do not end
@@ -645,27 +598,21 @@ def test_what_the_compiler_prints_itself_does_not_reach_the_user(single_head: li
 
 
 WHILE_COMPILING = """
-import os, sys, time
-from pathlib import Path
+import sys, time
 from lpd_export.cli.progress import stages
-from lpd_export.build.engine import _standard_error_to
 
 with stages() as (report, advance):
     report("compiling")
-    with _standard_error_to(Path(sys.argv[1])):
-        for step in range(1, 4):
-            advance("Building", step, 3)
-            os.write(2, b"Internal Error\\n")
-            time.sleep(0.5)  # rich draws ten times a second
+    for step in range(1, 4):
+        advance("Building", step, 3)
+        time.sleep(0.5)  # rich draws ten times a second
 print("done", file=sys.stderr)
 """
 
 
-def test_progress_is_shown_on_a_terminal_while_it_compiles(tmp_path: Path) -> None:
-    """What the compiler prints goes to the log at the same time, by the same descriptor."""
-    (tmp_path / "log").touch()
+def test_progress_is_shown_on_a_terminal_while_it_compiles() -> None:
     ours, theirs = os.openpty()
-    command = [sys.executable, "-c", WHILE_COMPILING, str(tmp_path / "log")]
+    command = [sys.executable, "-c", WHILE_COMPILING]
     process = subprocess.Popen(command, stderr=theirs, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
     shown = b""
@@ -677,8 +624,21 @@ def test_progress_is_shown_on_a_terminal_while_it_compiles(tmp_path: Path) -> No
     for step in (1, 2, 3):
         assert f"compiling: Building {step} of 3".encode() in shown
     assert shown.endswith(b"done\r\n")
-    assert b"Internal Error" not in shown
-    assert (tmp_path / "log").read_bytes() == 3 * b"Internal Error\n"
+
+
+def compiler_of(process: subprocess.Popen[str]) -> int:
+    """The process in which a build compiles."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (found := children.read_text()):
+        time.sleep(0.05)
+    return int(found)
+
+
+def wait_until_gone(process: int) -> None:
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline, "the compiler outlives the build"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -686,12 +646,24 @@ def test_a_stopped_compilation_leaves_nothing(
     weights: list[object], number: signal.Signals, tmp_path: Path
 ) -> None:
     options = rtx("--precision", "fp16", "--out", tmp_path / "a/b")
-    process = start("build", *weights, *options)
+    process = start("build", *weights, *options, start_new_session=True)
     wait_for(process, "compiling decode")
-    process.send_signal(number)
+    compiler = compiler_of(process)
+    # A terminal interrupts all processes of a command at once.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     said = end(process)
     assert said.code == 130, said
     assert said.err.splitlines()[-1] == "lpd-export: interrupted"
     assert "Traceback" not in said.err
     assert said.out == ""
     assert entries(tmp_path) == []
+    wait_until_gone(compiler)
+
+
+def test_a_compiler_does_not_outlive_a_killed_build(weights: list[object], tmp_path: Path) -> None:
+    process = start("build", *weights, *rtx("--precision", "fp16", "--out", tmp_path / "a"))
+    wait_for(process, "compiling decode")
+    compiler = compiler_of(process)
+    process.kill()
+    assert end(process).code == -signal.SIGKILL
+    wait_until_gone(compiler)

@@ -25,11 +25,12 @@ from lpd_export.accuracy.verify import VerifyRequest, verify
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import Bundle
+from lpd_export.formats import ENGINE_BACKENDS
 from lpd_export.images import BLANK
 from lpd_export.machine.doctor import can_build, can_run
 from lpd_export.runtime.executor import Run
 from lpd_export.runtime.requests import GeneratedImage
-from lpd_export.runtime.tensorrt_executor import MODULES, TensorRTExecutor
+from lpd_export.runtime.tensorrt_executor import TensorRTExecutor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,7 +61,7 @@ def build_small(weights: Path, out: Path, backend: str) -> Path:
     )
 
 
-@pytest.fixture(scope="module", params=MODULES)
+@pytest.fixture(scope="module", params=ENGINE_BACKENDS)
 def bundle(
     request: pytest.FixtureRequest, small_weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -1,0 +1,112 @@
+"""Which requests contradict themselves or cannot be met on this machine.
+
+Knows what can be told without looking into a model: no torch is loaded, so that a slip is told at
+once. What the weights decide is in `settings`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lpd_export.build.published import PUBLISHED, PublishedSettings, published_settings
+from lpd_export.build.request import ENGINE_FIELDS, HUB_PREFIX, BuildRequest, option
+from lpd_export.bundle.manifest import check_destination
+from lpd_export.errors import UserError
+from lpd_export.formats import (
+    BACKENDS,
+    ENGINE_BACKENDS,
+    PRECISIONS,
+    QUANTIZED,
+    TENSORRT,
+    TENSORRT_RTX,
+)
+from lpd_export.machine.doctor import can_build
+from lpd_export.machine.facts import look
+
+DEFAULT_MODEL = "lpd-l"
+DEFAULT_RESOLUTION = 256
+NOT_TAKEN = {
+    (TENSORRT.name, "compute_capability"): (
+        "tensorrt compiles for the GPU that it runs on: leave out the compute capability "
+        "(hardware compatibility takes in all GPUs from Ampere on), or use tensorrt-rtx"
+    ),
+    (TENSORRT_RTX.name, "timing_cache"): (
+        "tensorrt-rtx times no kernels when it builds: leave out the timing cache"
+    ),
+    (TENSORRT_RTX.name, "hardware_compatible"): (
+        "tensorrt-rtx engines run on every GPU from Ampere on as they are: leave out hardware "
+        "compatibility, or name the compute capabilities to compile for"
+    ),
+}
+"""Engine settings that a backend has not, and what to do instead."""
+
+
+def check_request(request: BuildRequest) -> None:
+    """Raises UserError for what contradicts itself or cannot be built by this version, here."""
+    for name in ENGINE_FIELDS:
+        if getattr(request, name) and not BACKENDS[request.backend].compiles:
+            raise UserError(
+                f"{option(name)} is for engines: it needs --backend {' or '.join(ENGINE_BACKENDS)}"
+            )
+        if getattr(request, name) and (request.backend, name) in NOT_TAKEN:
+            raise UserError(NOT_TAKEN[request.backend, name])
+    if request.keep_layers and not PRECISIONS[request.precision].quantization:
+        raise UserError(
+            "--keep-layers says which layers are not quantized: it needs --precision "
+            f"{' or '.join(QUANTIZED)}, not {request.precision}"
+        )
+    if why_not := can_build(request.precision, request.backend):
+        raise UserError(f"cannot build {request.precision} for {request.backend} here: {why_not}")
+    check_capabilities(request.compute_capability)
+    check_source(request)
+    if request.out:
+        check_destination(Path(request.out), request.force)
+
+
+def check_capabilities(capabilities: tuple[str, ...]) -> None:
+    """Raises UserError for compute capabilities that TensorRT-RTX does not compile for."""
+    known = look({TENSORRT_RTX.module}).rtx_capabilities if capabilities else ()
+    for value in capabilities:
+        if value not in known:
+            raise UserError(
+                f"tensorrt-rtx compiles for compute capability {', '.join(known)}, not for "
+                f"{value!r}"
+            )
+        if capabilities.count(value) > 1:
+            raise UserError(f"compute capability {value} is given twice")
+
+
+def check_source(request: BuildRequest) -> None:
+    """Raises UserError unless a request says which weights to take, and they may be there."""
+    models = list(dict.fromkeys(row.model for row in PUBLISHED))
+    if request.model is not None and request.model not in models:
+        raise UserError(
+            f"there is no model {request.model!r}: the published ones are {', '.join(models)}"
+        )
+    if request.heads is not None and not request.checkpoint:
+        raise UserError("--heads needs --checkpoint, the model that has them")
+    if request.random_weights and (request.checkpoint or request.tokenizer):
+        raise UserError("--random-weights goes with neither --checkpoint nor --tokenizer")
+    if request.tokenizer and not request.checkpoint:
+        raise UserError("--tokenizer needs --checkpoint, the model whose tokens it decodes")
+    if not (request.random_weights or request.checkpoint or request.model or request.res):
+        raise UserError(
+            "say what to build: --res 256 (the published lpd-l), --checkpoint FILE --tokenizer "
+            "FILE, or a recipe such as engines/demo.toml"
+        )
+    for file in filter(None, (request.tokenizer, request.checkpoint)):
+        if not file.startswith(HUB_PREFIX) and not Path(file).exists():
+            raise UserError(f"there is no checkpoint {file}")
+    if not (request.random_weights or request.checkpoint):
+        published(request)
+
+
+def published(request: BuildRequest) -> PublishedSettings:
+    """The published model that a request without a checkpoint means."""
+    name, res = request.model or DEFAULT_MODEL, request.res or DEFAULT_RESOLUTION
+    settings = published_settings(name, res, request.steps)
+    if settings is None:
+        raise UserError(
+            f"{name} was not published at {res} px: give a --checkpoint, or --random-weights"
+        )
+    return settings
