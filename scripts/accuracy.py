@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lpd_export.accuracy.thresholds import HIGHER_IS_BETTER
+from lpd_export.accuracy.thresholds import METRICS
 
 COMMAND = Path(sys.executable).with_name("lpd-export")
 MODELS = {
@@ -71,13 +71,13 @@ def verify(bundle: Path, images: int) -> dict[str, Any]:
 def worst(found: dict[str, Any], metric: str) -> float:
     """The worst value of a metric over all phases and tensors; NaN if one is not a number."""
     values = []
-    for measured in found["measurements"]:
+    for measured in [*found["measurements"], *found["reported"]]:
         if measured["metric"] == metric:
             # Of what JSON has no number for, infinity may pass, as the PSNR of equal images does.
-            missing = math.inf if measured["passed"] else math.nan
+            missing = math.inf if measured.get("passed") else math.nan
             values.append(missing if measured["value"] is None else measured["value"])
     # NumPy hands NaN on.
-    return float(np.min(values) if metric in HIGHER_IS_BETTER else np.max(values))
+    return float(np.min(values) if METRICS[metric].higher_is_better else np.max(values))
 
 
 @click.command()

@@ -17,7 +17,7 @@ import claims
 import claims_results
 from lpd_export import Pipeline
 from lpd_export.accuracy.comparison import image_psnr
-from lpd_export.accuracy.thresholds import THRESHOLDS
+from lpd_export.accuracy.thresholds import LIMITS
 from lpd_export.bundle.classes import display_name
 from lpd_export.bundle.manifest import Bundle
 from training.classifier import load
@@ -52,7 +52,7 @@ def test_it_draws_what_it_is_asked_for(demo_bundle: Path) -> None:
 
 def test_int8_decodes_the_same_images(demo_bundle: Path, demo_int8_bundle: Path) -> None:
     """The worst of many images, of classes that no calibration saw, is what verify asks for."""
-    (limit,) = (row.int8 for row in THRESHOLDS if row.metric == "image_psnr")
+    limit = LIMITS["int8"]["image_psnr"]
     exact, quantized = Pipeline.open(demo_bundle), Pipeline.open(demo_int8_bundle)
     decisions = Bundle.open(demo_int8_bundle).manifest.calibration["quantization"]
     assert len(decisions["detokenize"]["kept"]) < decisions["detokenize"]["layers"] / 2

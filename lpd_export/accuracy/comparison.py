@@ -1,8 +1,7 @@
 """Compares what two Polygraphy runners gave, with Polygraphy's comparator.
 
-Knows the metrics: Polygraphy's own error statistics and cosine, and beside them, in its form, the
-relative error, KL divergence and agreement that matter for sampling. Does not know where outputs
-come from; limits are handed in.
+Knows the metrics, as comparison functions of Polygraphy: the relative error, KL divergence and
+agreement that matter for sampling. Does not know where outputs come from; limits are handed in.
 """
 
 from __future__ import annotations
@@ -20,24 +19,23 @@ from polygraphy.comparator import (
     BaseCompareFunc,
     Comparator,
     CompareResult,
-    CosineSimilarityCompareFunc,
     IterationResult,
     RunResults,
-    SimpleCompareFunc,
     Threshold,
 )
 from polygraphy.logger import G_LOGGER
 
-from lpd_export.accuracy.results import Measurement
-from lpd_export.accuracy.thresholds import Limits
+from lpd_export.accuracy.results import Figure, Measurement
+from lpd_export.accuracy.thresholds import METRICS, Limits
 from lpd_export.precision.sensitivity import mean_kl
 from lpd_export.schedule.phases import Phase
 
 LEFT_ALONE = "rows_left_alone"
 """The output made of a phase's caches that says how far it changed rows it must not write."""
-MEANS = frozenset({"kl", "top_1", "index_agreement", "sequence_kl", "sequence_top_1"})
+MEANS = frozenset({"kl", "index_agreement", "sequence_kl", "sequence_top_1", "equal_images"})
 """Metrics whose mean over the images counts; of the others the worst."""
 GUIDED, LOGITS, IMAGE, INDICES = "guided_logits", "logits", "image", "indices"
+PRESENT = "present_"
 
 
 class MetricThreshold(Threshold):
@@ -69,23 +67,12 @@ class MetricResult(CompareResult):
 class MetricCompareFunc(BaseCompareFunc):
     """A Polygraphy comparison function of one metric over the outputs that it concerns.
 
-    Args:
-        metric: of `thresholds.THRESHOLDS`.
-        measure: from the expected and the actual array to the metric.
-        outputs: whether an output is concerned, by its name.
-        limits: of this verification.
+    metric: a name of `MEASURES`.
     """
 
-    def __init__(
-        self,
-        metric: str,
-        measure: Callable[[NDArray[Any], NDArray[Any]], float],
-        outputs: Callable[[str], bool],
-        limits: Limits,
-    ) -> None:
+    def __init__(self, metric: str, limits: Limits) -> None:
         self.metric = metric
-        self._measure = measure
-        self._outputs = outputs
+        self._outputs, self._measure = MEASURES[metric]
         self._threshold = MetricThreshold(metric, limits)
 
     def __call__(
@@ -93,7 +80,7 @@ class MetricCompareFunc(BaseCompareFunc):
     ) -> OrderedDict[str, MetricResult]:
         results = OrderedDict()
         for name, expected in iter_result0.items():
-            if self._outputs(name):
+            if name.startswith(self._outputs):
                 value = self._measure(expected, iter_result1[name])
                 results[name] = MetricResult(value, self._threshold)
         return results
@@ -110,6 +97,11 @@ def relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     error = np.linalg.norm((actual.astype(np.float64) - expected).ravel())
     length = np.linalg.norm(expected.astype(np.float64).ravel())
     return float(error / length) if length else float(error)
+
+
+def largest_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    """The largest error, over the largest magnitude of what was expected."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def kl_divergence(expected: NDArray[Any], actual: NDArray[Any]) -> float:
@@ -158,8 +150,16 @@ def largest_change(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     return float(np.abs(actual).max(initial=0.0))
 
 
-def _is_cache(name: str) -> bool:
-    return name.startswith("present_")
+MEASURES: dict[str, tuple[str, Callable[[NDArray[Any], NDArray[Any]], float]]] = {
+    "rows_left_alone": (LEFT_ALONE, largest_change),
+    "cache_error": (PRESENT, relative_error),
+    "logits_error": (LOGITS, relative_error),
+    "logits_largest_error": (LOGITS, largest_error),
+    "kl": (GUIDED, kl_divergence),
+    "image_psnr": (IMAGE, image_psnr),
+    "index_agreement": (INDICES, index_agreement),
+}
+"""Of single phases: how the names of the outputs begin that a metric is of, and its measure."""
 
 
 # ------------------------------------------------------------------------------ the comparison
@@ -177,7 +177,7 @@ def comparable(
     compared: OrderedDict[str, NDArray[Any]] = OrderedDict()
     changes = []
     for name, values in outputs.items():
-        if not _is_cache(name):
+        if not name.startswith(PRESENT):
             continue
         past = feed[name.replace("present", "past", 1)]
         compared[name] = values[:, :, written]
@@ -193,29 +193,6 @@ def comparable(
             ordered[name] = compared[name]
     ordered[LOGITS], ordered[GUIDED] = outputs[LOGITS], outputs[GUIDED]
     return ordered
-
-
-def compare_functions(expected: Mapping[str, NDArray[Any]], limits: Limits) -> list[Any]:
-    """Polygraphy's comparison functions for these outputs, its own and those of this module."""
-    functions: list[Any] = [
-        MetricCompareFunc("rows_left_alone", largest_change, LEFT_ALONE.__eq__, limits),
-        MetricCompareFunc("cache_error", relative_error, _is_cache, limits),
-        MetricCompareFunc("logits_error", relative_error, LOGITS.__eq__, limits),
-        MetricCompareFunc("kl", kl_divergence, GUIDED.__eq__, limits),
-        MetricCompareFunc("top_1", top_1_agreement, GUIDED.__eq__, limits),
-        MetricCompareFunc("image_psnr", image_psnr, IMAGE.__eq__, limits),
-        MetricCompareFunc("index_agreement", index_agreement, INDICES.__eq__, limits),
-    ]
-    if LOGITS in expected:
-        largest = float(np.abs(expected[LOGITS]).max())
-        # Only the logits are judged by these two; of other outputs they are told.
-        tolerance = {LOGITS: limits.limit("logits_largest_error") * largest, "": math.inf}
-        cosine = {LOGITS: limits.limit("logits_cosine"), "": -math.inf}
-        functions.append(SimpleCompareFunc(check_error_stat="max", atol=tolerance, rtol=0.0))
-        functions.append(CosineSimilarityCompareFunc(cosine_similarity_threshold=cosine))
-    if IMAGE in expected:
-        functions.append(SimpleCompareFunc(check_error_stat="max", atol=math.inf, rtol=0.0))
-    return functions
 
 
 class Comparison:
@@ -242,56 +219,46 @@ class Comparison:
             # Polygraphy compares contiguous arrays alone.
             arrays = OrderedDict((key, np.ascontiguousarray(a)) for key, a in outputs.items())
             runs.append((name, [IterationResult(arrays, runner_name=name)]))
-        functions = compare_functions(expected, self.limits)
+        functions = [MetricCompareFunc(metric, self.limits) for metric in MEASURES]
         with quiet():
             accuracy = Comparator.compare_accuracy(runs, compare_func=functions)
         for function, result in zip(functions, accuracy, strict=True):
             for tensor, outcome in result["expected", "actual"][0].items():
-                for metric, value in _metrics(function, tensor, outcome, expected):
-                    self.note(phase, tensor, metric, value)
+                self.note(phase, tensor, function.metric, outcome.value)
 
     def note(self, phase: str, tensor: str, metric: str, value: float) -> None:
         """Adds one value of a metric, measured elsewhere."""
         self._values.setdefault((phase, tensor, metric), []).append(value)
 
     def measurements(self) -> list[Measurement]:
-        """Every metric over all iterations, in the order of computation."""
-        found = []
-        for (phase, tensor, metric), values in self._values.items():
-            value = self._over_images(metric, values)
-            limit = self.limits.limit(metric)
-            passed = self.limits.met(metric, value)
-            found.append(Measurement(phase, tensor, metric, value, limit, passed))
-        order = {phase: number for number, phase in enumerate(phases_of(found))}
-        tensors = {name: number for number, (_, name, _) in enumerate(self._values)}
-        return sorted(found, key=lambda entry: (order[entry.phase], tensors[entry.tensor]))
+        """Every judged metric over all iterations, in the order of computation."""
+        tensors = {tensor: number for number, (_, tensor, _) in enumerate(self._values)}
+        phases = list(dict.fromkeys(phase for phase, _, _ in self._values))
+        found = [
+            Measurement(
+                *place,
+                value := self._over_images(place[2], values),
+                self.limits.limit(place[2]),
+                self.limits.met(place[2], value),
+            )
+            for place, values in self._values.items()
+            if place[2] in self.limits.by_metric
+        ]
+        return sorted(found, key=lambda entry: (phases.index(entry.phase), tensors[entry.tensor]))
+
+    def figures(self) -> list[Figure]:
+        """What was noted that is reported alone."""
+        return [
+            Figure(*place, self._over_images(place[2], values))
+            for place, values in self._values.items()
+            if place[2] not in self.limits.by_metric
+        ]
 
     def _over_images(self, metric: str, values: list[float]) -> float:
         if metric in MEANS:
             return float(np.mean(values))
         # NaN is worse than anything: NumPy hands it on.
-        return float(np.max(values) if self.limits.at_most(metric) else np.min(values))
-
-
-def phases_of(measurements: list[Measurement]) -> list[str]:
-    """Names of the phases in the order they appear."""
-    return list(dict.fromkeys(measurement.phase for measurement in measurements))
-
-
-def _metrics(
-    function: Any, tensor: str, outcome: Any, expected: Mapping[str, NDArray[Any]]
-) -> Iterator[tuple[str, float]]:
-    """The metrics in the result of a comparison function."""
-    if isinstance(function, MetricCompareFunc):
-        yield function.metric, outcome.value
-    elif isinstance(function, SimpleCompareFunc):
-        if tensor == LOGITS:
-            largest = float(np.abs(expected[LOGITS]).max())
-            yield "logits_largest_error", outcome.max_absdiff / largest
-        if tensor in (LOGITS, IMAGE) or _is_cache(tensor):
-            yield "absolute_error", outcome.max_absdiff
-    elif tensor == LOGITS and isinstance(function, CosineSimilarityCompareFunc):
-        yield "logits_cosine", outcome.cosine_similarity
+        return float(np.min(values) if METRICS[metric].higher_is_better else np.max(values))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from lpd_export.accuracy.comparison import (
     top_1_agreement,
 )
 from lpd_export.accuracy.implementations import Drawn, Task
-from lpd_export.accuracy.results import GENERATION, SEQUENCE, ImagePair, Steps
+from lpd_export.accuracy.results import GENERATION, SEQUENCE, ImagePair
 from lpd_export.accuracy.sides import Sides
 from lpd_export.bundle.classes import display_name
 from lpd_export.bundle.manifest import Manifest
@@ -55,21 +55,24 @@ def draw_actual(task: Task, sides: Sides, report: Report) -> Drawn | None:
 
 def compare_sequences(
     task: Task, sides: Sides, drawn: Drawn, comparison: Comparison, report: Report
-) -> Steps:
-    """Sequences of all images; returns the metrics by step."""
-    kl, top_1 = [], []
-    cells = [slice(p.first_cell, p.first_cell + p.queries) for p in task.phases]
+) -> NDArray[np.float64]:
+    """Sequences of all images; returns KL divergence and top-1 agreement by step [K, 2]."""
+    by_step = []
     for i in range(task.images):
         report(f"comparing whole sequences: image {i + 1} of {task.images}")
         one, other = compare_sequence(task, i, sides, drawn, comparison)
-        kl.append([kl_divergence(one[c], other[c]) for c in cells])
-        top_1.append([top_1_agreement(one[c], other[c]) for c in cells])
-    return Steps(
-        cells=task.schedule.group_sizes.tolist(),
-        kl=np.mean(kl, axis=0).tolist(),
-        top_1=np.mean(top_1, axis=0).tolist(),
-        token_agreement=[],
-    )
+        by_step.append(
+            [
+                (kl_divergence(one[c], other[c]), top_1_agreement(one[c], other[c]))
+                for c in cells_by_step(task)
+            ]
+        )
+    return np.mean(by_step, axis=0)
+
+
+def cells_by_step(task: Task) -> list[slice]:
+    """The cells of each step, in generation order."""
+    return [slice(phase.first_cell, phase.first_cell + phase.queries) for phase in task.phases]
 
 
 def compare_sequence(
@@ -90,7 +93,7 @@ def compare_sequence(
 
 def compare_generation(
     task: Task, sides: Sides, drawn: Drawn, other: Drawn | None, comparison: Comparison
-) -> list[float]:
+) -> NDArray[np.float64]:
     """Whole images drawn with the same uniform numbers; returns the share of equal tokens by step.
 
     Whether or not an image's tokens part from the expected ones, each must be what the
@@ -98,28 +101,22 @@ def compare_generation(
     rounding explains all differences, and not the loop or the sampler.
     """
     if other is None:
-        for metric in ("token_agreement", "unexplained_draws"):
-            comparison.note(GENERATION, "token_ids", metric, float("nan"))
-        return [0.0 for _ in task.phases]
+        comparison.note(GENERATION, "token_ids", "unexplained_draws", float("nan"))
+        return np.zeros(len(task.phases))
     equal_by_step = []
     for i, logits in enumerate(sides.actual.drawn_logits(task, other.token_ids)):
         one, two = (side.token_ids[i][task.orders[i]] for side in (drawn, other))
-        comparison.note(GENERATION, "token_ids", "token_agreement", agreement(one, two))
-        equal_by_step.append(
-            [
-                agreement(*(ids[p.first_cell : p.first_cell + p.queries] for ids in (one, two)))
-                for p in task.phases
-            ]
-        )
+        equal = np.array_equal(one, two)
+        equal_by_step.append([agreement(one[c], two[c]) for c in cells_by_step(task)])
         explained = draw(logits, torch.from_numpy(task.uniform[i])).numpy()
         unexplained = float(np.sum(explained != two))
         comparison.note(GENERATION, "token_ids", "unexplained_draws", unexplained)
-        if np.array_equal(one, two):
-            pixels = (images.pixels[i].astype(np.float64) for images in (drawn, other))
-            comparison.note(
-                GENERATION, "pixels", "generation_psnr", psnr(next(pixels), next(pixels), 255.0)
-            )
-    return [float(share) for share in np.mean(equal_by_step, axis=0)]
+        comparison.note(GENERATION, "token_ids", "token_agreement", agreement(one, two))
+        comparison.note(GENERATION, "token_ids", "equal_images", float(equal))
+        if equal:
+            value = psnr(drawn.pixels[i], other.pixels[i].astype(np.float64), 255.0)
+            comparison.note(GENERATION, "pixels", "generation_psnr", value)
+    return np.mean(equal_by_step, axis=0)
 
 
 def make_pairs(task: Task, manifest: Manifest, drawn: Drawn, other: Drawn) -> list[ImagePair]:

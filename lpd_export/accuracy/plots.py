@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from lpd_export.accuracy.results import LayerError, Steps
+from lpd_export.accuracy.results import LayerError, Step
 
 INK, FAINT, RULE = "#1f2328", "#656d76", "#d1d9e0"
 FIRST, SECOND, BAD = "#0b62c4", "#a85a00", "#c1272d"
@@ -67,12 +67,12 @@ _STYLE: Any = {
 }
 
 
-def errors_by_phase(errors: Mapping[str, Sequence[float]], limits: Mapping[str, float]) -> str:
+def errors_by_step(errors: Mapping[str, Sequence[float]], limits: Mapping[str, float]) -> str:
     """Errors along the decode phases on a logarithmic axis, with their limits as lines.
 
     Args:
-        errors: at most two series by title, each with a value a phase, in order from phase 0.
-        limits: of each series; an infinite one is not drawn.
+        errors: at most two series by title, each with a value a step, from the first.
+        limits: of each series.
 
     Returns:
         An `<svg>` element.
@@ -88,65 +88,57 @@ def errors_by_phase(errors: Mapping[str, Sequence[float]], limits: Mapping[str, 
             _draw_series(axes, series, colour, title, marker=marker)
         _draw_limits(axes, limits)
         _log_ticks(axes.yaxis)
-        _count_along(axes, max(map(len, errors.values())), "decode phase")
+        _count_along(axes, max(map(len, errors.values())))
         axes.set_ylabel("relative error")
         _legend(axes)
-        return _svg(figure, "errors-by-phase", "Cache and logits error by decode phase")
+        return _svg(figure, "errors-by-step", "Cache and logits error by step")
 
 
-def divergence_by_step(steps: Steps, kl_limit: float, top_1_limit: float) -> str:
-    """KL divergence, top-1 agreement and the number of cells, each along the steps.
-
-    The limits are drawn as lines where they are finite; they hold for the mean over all cells.
-
-    Returns:
-        An `<svg>` element.
-    """
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
-        figure.patch.set_alpha(0)
-        kl, top_1, cells = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2.2, 0.9])
-        for axes in (kl, top_1, cells):
-            axes.patch.set_alpha(0)
-            axes.grid(axis="y")
-
-        kl.set_yscale("log")
-        kl.set_ylim(*_log_range(np.array([*steps.kl, kl_limit], float)))
-        _draw_series(kl, steps.kl, FIRST, "KL divergence", marker="o")
-        _draw_limits(kl, {"KL divergence": kl_limit})
-        _log_ticks(kl.yaxis)
-        kl.set_ylabel("KL divergence (nats)")
-        _legend(kl)
-
-        _draw_shares(top_1, steps.top_1, "top-1 agreement", top_1_limit)
-        top_1.set_ylabel("top-1 agreement")
-        _legend(top_1)
-
-        cells.bar(range(len(steps.cells)), steps.cells, color=FAINT, width=0.7)
-        cells.set_ylabel("cells")
-        cells.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-        _count_along(cells, len(steps.kl), "step")
-        figure.align_ylabels()
-        return _svg(figure, "divergence-by-step", "KL divergence and top-1 agreement by step")
-
-
-def token_agreement_by_step(steps: Steps, parted: int | None) -> str:
-    """Share of equal tokens along the steps of images drawn freely.
+def metrics_by_step(
+    steps: Sequence[Step], kl_limit: float, top_1_limit: float, parted: int | None
+) -> str:
+    """KL divergence, top-1 agreement, token agreement and the number of cells, along the steps.
 
     Args:
-        steps: the measurements.
-        parted: the step from which the images are no longer all the same, marked by a line.
+        steps: the measurements, from the first step.
+        kl_limit: drawn as a line, as is top_1_limit; they hold for the mean over all cells.
+        top_1_limit: see above.
+        parted: the step from which images drawn freely are no longer all the same, if any.
 
     Returns:
         An `<svg>` element.
     """
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(2.9)
-        _draw_shares(axes, steps.token_agreement, "token agreement", -math.inf)
+        figure = Figure(figsize=(WIDTH, 7.6), layout="constrained")
+        figure.patch.set_alpha(0)
+        every = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2.2, 2.2, 0.9])
+        kl, top_1, agreement, cells = every
+        for axes, label in zip(
+            every,
+            ("KL divergence (nats)", "top-1 agreement", "token agreement", "cells"),
+            strict=True,
+        ):
+            axes.patch.set_alpha(0)
+            axes.grid(axis="y")
+            axes.set_ylabel(label)
+
+        divergence = [step.kl for step in steps]
+        kl.set_yscale("log")
+        kl.set_ylim(*_log_range(np.array([*divergence, kl_limit])))
+        _draw_series(kl, divergence, FIRST, "KL divergence", marker="o")
+        _draw_limits(kl, {"KL divergence": kl_limit})
+        _log_ticks(kl.yaxis)
+        _legend(kl)
+
+        _draw_shares(top_1, [step.top_1 for step in steps], "top-1 agreement", top_1_limit)
+        _draw_limits(top_1, {"top-1 agreement": top_1_limit})
+        _legend(top_1)
+
+        _draw_shares(agreement, [step.token_agreement for step in steps], "token agreement")
         if parted is not None:
-            axes.axvline(parted, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
-            left = parted > len(steps.token_agreement) / 2
-            axes.annotate(
+            left = parted > len(steps) / 2
+            agreement.axvline(parted, color=BAD, linewidth=1, linestyle=(0, (4, 3)))
+            agreement.annotate(
                 f"first difference: step {parted}",
                 (parted, 0),
                 xycoords=("data", "axes fraction"),
@@ -156,10 +148,15 @@ def token_agreement_by_step(steps: Steps, parted: int | None) -> str:
                 va="bottom",
                 color=BAD,
             )
-        axes.set_ylabel("share of equal tokens")
-        _count_along(axes, len(steps.token_agreement), "step")
-        _legend(axes, always=False)
-        return _svg(figure, "token-agreement-by-step", "Share of equal tokens by step")
+        _legend(agreement, always=False)
+
+        cells.bar(
+            [step.step for step in steps], [step.cells for step in steps], color=FAINT, width=0.7
+        )
+        cells.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        _count_along(cells, len(steps))
+        figure.align_ylabels()
+        return _svg(figure, "metrics-by-step", "KL divergence, top-1 and token agreement by step")
 
 
 def errors_by_layer(layers: Sequence[LayerError], grown: Sequence[LayerError]) -> str:
@@ -240,7 +237,7 @@ def _draw_series(
     upright: the series goes down the y axis, and its values along the x axis.
     """
     array = np.asarray(values, float)
-    places = np.arange(len(array))
+    places = np.arange(len(array)) + (not upright)  # steps count from 1
     drawn = np.isfinite(array) & (array > 0)
     line = np.where(drawn, array, np.nan)  # broken where there is no value
     pairs = (line, places) if upright else (places, line)
@@ -279,31 +276,26 @@ def _draw_edge(
         axes.plot(*pairs, linestyle="none", clip_on=False, zorder=5, **style)
 
 
-def _draw_shares(axes: Axes, values: Sequence[float], title: str, limit: float) -> None:
-    """Shares along the steps; NaN as red crosses on the lower end."""
+def _draw_shares(axes: Axes, values: Sequence[float], title: str, limit: float = 0.99) -> None:
+    """Shares along the steps, with room for a limit; NaN as red crosses on the lower end."""
     array = np.asarray(values, float)
-    finite = array[np.isfinite(array)]
-    low = min([*finite, *([limit] if math.isfinite(limit) else []), 0.99])
+    finite = np.isfinite(array)
+    low = min([*array[finite], limit, 0.99])
     room = max((1 - low) * 0.12, 1e-3)
     axes.set_ylim(low - room, 1 + room / 2)
-    axes.plot(
-        np.where(np.isfinite(array), array, np.nan),
-        color=SECOND,
-        linewidth=1.3,
-        marker="s",
-        markersize=4,
-        label=title,
+    places = np.arange(1, len(array) + 1)
+    line = np.where(finite, array, np.nan)
+    axes.plot(places, line, color=SECOND, linewidth=1.3, marker="s", markersize=4, label=title)
+    _draw_edge(
+        axes, places[~finite], low - room, label=_NOT_FINITE, color=BAD, marker="X", markersize=6.5
     )
-    bad = np.flatnonzero(~np.isfinite(array))
-    _draw_edge(axes, bad, low - room, label=_NOT_FINITE, color=BAD, marker="X", markersize=6.5)
-    _draw_limits(axes, {title: limit})
 
 
 def _draw_limits(axes: Axes, limits: Mapping[str, float]) -> None:
-    """A dashed line for each finite limit, one for those that are the same."""
+    """A dashed line for each limit, one for those that are the same."""
     titles: dict[float, list[str]] = {}
     for title, limit in limits.items():
-        if math.isfinite(limit) and (limit > 0 or axes.get_yscale() == "linear"):
+        if limit > 0 or axes.get_yscale() == "linear":
             titles.setdefault(limit, []).append(title)
     for (limit, _), style in zip(titles.items(), ((0, (5, 3)), (0, (1.5, 2))), strict=False):
         of = "" if len(titles) < 2 else f" of {titles[limit][0]}"
@@ -329,10 +321,10 @@ def _log_ticks(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _count_along(axes: Axes, count: int, title: str) -> None:
-    axes.set_xlim(-0.7, count - 0.3)
+def _count_along(axes: Axes, steps: int) -> None:
+    axes.set_xlim(0.3, steps + 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(13, integer=True, min_n_ticks=1))
-    axes.set_xlabel(title)
+    axes.set_xlabel("step")
 
 
 def _legend(axes: Axes, always: bool = True, above: float = 0.6) -> None:

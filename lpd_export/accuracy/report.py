@@ -1,8 +1,8 @@
 """What `lpd-export verify` shows: a table on the terminal, and a folder with a report to keep.
 
-Knows how measurements are worded and laid out: rows, columns, digits, what is named first. The
-drawing is in `plots`, the page in `report.html.jinja`. Does not know how anything was measured,
-nor what the limits are or should be.
+Knows how measurements are worded and laid out: rows, columns, digits, what is named first. Steps
+count from 1; the number in `phase_00` is that of the file. The drawing is in `plots`, the page in
+`report.html.jinja`. Does not know how anything was measured.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ from rich.table import Table
 from rich.text import Text
 
 from lpd_export.accuracy import plots
-from lpd_export.accuracy.results import ImagePair, LayerError, Measurement, Verification
-from lpd_export.accuracy.thresholds import HIGHER_IS_BETTER, PRECISIONS, THRESHOLDS, Limits
+from lpd_export.accuracy.results import (
+    Figure,
+    ImagePair,
+    LayerError,
+    Measurement,
+    Verification,
+    step_of,
+)
+from lpd_export.accuracy.thresholds import JUDGED, METRICS, met
 from lpd_export.files import check_writable, strict_json, write_atomically
 from lpd_export.images import Pixels, save_png
 
 REPORT, RECORD, IMAGES = "report.html", "report.json", "images"
 """What a report's folder holds."""
 
-TITLES = {threshold.metric: threshold.title for threshold in THRESHOLDS}
-
 AMPLIFICATION = 8
 """Of the differences of images, which are else too dark to see."""
 
-_THRESHOLDS = {threshold.metric: threshold for threshold in THRESHOLDS}
-_DIGITS = {"logits_cosine": 7}
-_ON_THE_PAGE_ALONE = frozenset({"absolute_error"})  # the terminal has no room for what is told only
 _IN_WORDS, _IN_LINE = ("at most\n", "at least\n"), ("at most ", "at least ")
 _SIGNS = ("≤ ", "≥ ")  # on the page; not every terminal has them
-_FAILURES_TOLD = 5  # on the terminal
+_FAILURES_LISTED = 5  # on the terminal
 _FAILURES_OPEN, _FAILURES_SHOWN = 12, 200  # on the page: at once, and when they are asked for
 _ROWS_UNFOLDED, _ROWS_FOLDED = 24, 8
-_LAYERS_TOLD = 10
+_LAYERS_LISTED = 10
 _NOTICEABLE = 0.01  # of a graph's largest error: where less than that grows, it is noise
 _ENLARGED_TO = 128  # pixels: about what small images are enlarged to on the page
 _LARGEST_SIDE = 320  # pixels: how wide an image is on the page at most
@@ -62,32 +64,38 @@ def print_table(verification: Verification, console: Console) -> None:
     ones that do share a row, with the worst values of them. Without a terminal it is plain text.
     It is made for 80 columns.
     """
-    decode_metrics = [m for m in _decode_metrics(verification) if m not in _ON_THE_PAGE_ALONE]
-    if decode_metrics:
+    limits = verification.limits.by_metric
+    metrics = _decode_metrics(verification)
+    if metrics:
         headings = (
-            textwrap.fill(TITLES[metric], 7, break_long_words=False) for metric in decode_metrics
+            textwrap.fill(METRICS[metric].title, 7, break_long_words=False) for metric in metrics
         )
-        table = _table("phase", *headings)
+        table = _table("step", "phase", *headings, left=2)
         for phases in _folded(verification):
-            title = phases[0] if len(phases) == 1 else f"{phases[0]}\nto {phases[-1]}"
+            first, last = phases[0], phases[-1]
+            names = (str(step_of(first)), first)
+            if len(phases) > 1:
+                names = (f"{names[0]}\nto {step_of(last)}", f"{first}\nto {last}")
             worst = _worst_by_metric(verification, phases)
-            table.add_row(title, *(_text(worst.get(metric)) for metric in decode_metrics))
+            table.add_row(*names, *(_text(worst.get(metric)) for metric in metrics))
         table.add_section()
-        limits = _measured_limits(verification)
-        bounds = (_bound(metric, limits[metric], _IN_WORDS) for metric in decode_metrics)
-        table.add_row("limit", *bounds, style="dim")
+        bounds = (_bound(metric, limits[metric], _IN_WORDS) for metric in metrics)
+        table.add_row("limit", "", *bounds, style="dim")
         console.print(table)
         console.print()
-    others = [
-        (phase, entry)
-        for phase, entry in _other_worst(verification)
-        if entry.metric not in _ON_THE_PAGE_ALONE
-    ]
+    others = _other_worst(verification)
     if others:
         table = _table("", "", "value", "limit", left=2)
-        for phase, entry in others:
+        for entry in others:
             bound = _bound(entry.metric, entry.limit, _IN_LINE)
-            table.add_row(phase, TITLES[entry.metric], _text(entry, " "), Text(bound, "dim"))
+            title = METRICS[entry.metric].title
+            table.add_row(entry.phase, title, _text(entry, " "), Text(bound, "dim"))
+        console.print(table)
+        console.print()
+    if verification.reported:
+        table = _table("", "reported, without a limit", "value", left=2)
+        for figure in verification.reported:
+            table.add_row(figure.phase, METRICS[figure.metric].title, _figure(figure))
         console.print(table)
         console.print()
     for line in _verdict(verification):
@@ -105,7 +113,7 @@ def _print_layers(verification: Verification, console: Console) -> None:
     if not grown:
         console.print("\nno layer's error is larger than that of the layers that feed it")
         return
-    where = f" (decode: {verification.layers_phase})" if verification.layers_phase else ""
+    where = f" (decode: {_place(verification.layers_phase)})" if verification.layers_phase else ""
     console.print(Text(f"\nwhere the error grows most{where}:"))
     table = _table("graph", "layer", "relative error", "growth", left=2)
     for layer in grown:
@@ -152,9 +160,9 @@ def _folded(verification: Verification) -> list[list[str]]:
 
 def _verdict(verification: Verification) -> Iterator[Text]:
     """The verdict in a line; then further failures, limits of the user's, remarks, a line each."""
-    precision, changed = _basis(verification, _measured_limits(verification))
+    precision, changes = verification.limits.precision, _changes(verification)
     if verification.passed:
-        of = "" if changed else f" of {precision}"
+        of = "" if changes else f" of {precision}"
         holds = f": every threshold{of} holds for {_images(verification)}"
         yield Text.assemble(("passed", "bold green"), holds)
     else:
@@ -162,44 +170,40 @@ def _verdict(verification: Verification) -> Iterator[Text]:
         yield Text.assemble(("FAILED", "bold red"), f": {_failure(first)}")
         if more:
             yield Text(f"and {len(more)} more:")
-        told = more[: _FAILURES_TOLD - 1]
-        yield from (Text(f"  {_failure(entry)}") for entry in told)
-        if len(more) > len(told):
-            yield Text(f"  ... {len(more) - len(told)} are not listed here")
-    if changed:
+        listed = more[: _FAILURES_LISTED - 1]
+        yield from (Text(f"  {_failure(entry)}") for entry in listed)
+        if len(more) > len(listed):
+            yield Text(f"  ... {len(more) - len(listed)} are not listed here")
+    if changes:
         yield Text(f"judged by other limits than those of {precision}:")
-        yield from (Text(f"  {change}") for change in _changes(changed))
+        yield from (Text(f"  {change}") for change in changes)
     yield from (Text(f"remark: {remark}") for remark in verification.remarks)
 
 
 def _bisection_lines(verification: Verification) -> Iterator[str]:
-    """Which layers INT8 must spare, a line a graph."""
+    """Which layers must stay in higher precision, a line a graph."""
     for found in verification.bisections:
         if found.kept is None:
             yield f"{found.graph}: the thresholds fail even with every layer in higher precision"
         elif found.kept:
             layers = ", ".join(found.kept)
-            yield f"{found.graph}: int8 must spare {len(found.kept)} of {found.layers}: {layers}"
+            yield (
+                f"{found.graph}: {len(found.kept)} of {found.layers} layers must stay in higher "
+                f"precision: {layers}"
+            )
         else:
-            yield f"{found.graph}: int8 need spare none of {found.layers} layers"
+            yield f"{found.graph}: all {found.layers} layers can be quantized"
 
 
 def _failure(entry: Measurement) -> str:
-    if math.isinf(entry.limit):
-        asked = "a number required"  # NaN fails even where there is no limit
-    elif entry.metric in HIGHER_IS_BETTER:
-        asked = f"at least {_limit(entry.limit)} required"
-    else:
-        asked = f"at most {_limit(entry.limit)} allowed"
-    return f"{entry.phase}, {entry.tensor}: {entry.metric} {_shown(entry)}, {asked}"
+    asked = _bound(entry.metric, entry.limit, _IN_LINE)
+    return f"{_place(entry.phase)}, {entry.tensor}: {entry.metric} {_shown(entry)}, {asked}"
 
 
 # --------------------------------------------------------------------------------- the report
 
 
-def write_report(
-    verification: Verification, folder: Path, limits: Limits, commands: Mapping[str, str]
-) -> Path:
+def write_report(verification: Verification, folder: Path, commands: Mapping[str, str]) -> Path:
     """Writes report.html, report.json and images/ into a folder, which is made if need be.
 
     report.html is whole in itself: plots and images are in it, and it fetches nothing. report.json
@@ -209,8 +213,7 @@ def write_report(
     Args:
         verification: what was found.
         folder: where to write; of files that are there, those of these names are replaced.
-        limits: that it was judged by.
-        commands: command lines of plain Polygraphy by what each of them does.
+        commands: command lines of plain Polygraphy, by phase.
 
     Returns:
         The path of report.html.
@@ -220,7 +223,7 @@ def write_report(
         ValueError: if the images of a pair differ in shape.
     """
     differences = [difference(pair.expected, pair.actual) for pair in verification.pairs]
-    page = _page(verification, limits, commands, differences)
+    page = _page(verification, commands, differences)
     record = strict_json(verification.as_json())
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -249,7 +252,7 @@ def difference(expected: Pixels, actual: Pixels) -> Pixels:
     return np.minimum(amplified, 255).astype(np.uint8)
 
 
-def grown_layers(layers: Sequence[LayerError], count: int = _LAYERS_TOLD) -> list[LayerError]:
+def grown_layers(layers: Sequence[LayerError], count: int = _LAYERS_LISTED) -> list[LayerError]:
     """The layers where the error grows most, the most first.
 
     Of each graph, the first layer whose error is not finite comes before all others, and those
@@ -284,10 +287,7 @@ class _Cell(NamedTuple):
 
 
 def _page(
-    verification: Verification,
-    limits: Limits,
-    commands: Mapping[str, str],
-    differences: Sequence[Pixels],
+    verification: Verification, commands: Mapping[str, str], differences: Sequence[Pixels]
 ) -> str:
     environment = Environment(
         loader=PackageLoader("lpd_export.accuracy", ""),
@@ -296,43 +296,65 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    limit_by_metric = {metric: limits.limit(metric) for metric in limits.by_metric}
-    precision, changed = _basis(verification, limit_by_metric)
-    decode_metrics = _decode_metrics(verification)
-    parted = _parted(verification.steps.token_agreement)
+    environment.filters["place"] = _place
+    limits = verification.limits.by_metric
+    metrics = _decode_metrics(verification)
     grown = grown_layers(verification.layers)
     return environment.get_template("report.html.jinja").render(
         verification=verification,
         against=_against(verification),
         images=_images(verification),
         versions=", ".join(f"{name} {text}" for name, text in verification.versions.items()),
-        written=verification.time,
         bisections=list(_bisection_lines(verification)),
-        precision=precision,
-        changes=_changes(changed),
+        precision=verification.limits.precision,
+        changes=_changes(verification),
         failures=[
-            (entry, TITLES[entry.metric], _shown(entry), _bound(entry.metric, entry.limit, _SIGNS))
+            (
+                entry,
+                METRICS[entry.metric].title,
+                _shown(entry),
+                _bound(entry.metric, entry.limit, _SIGNS),
+            )
             for entry in verification.failures[:_FAILURES_SHOWN]
         ],
         failures_open=_FAILURES_OPEN,
-        metrics=[(metric, TITLES[metric]) for metric in decode_metrics],
-        bounds=[_bound(metric, limits.limit(metric), _SIGNS) for metric in decode_metrics],
+        metrics=[(metric, METRICS[metric].title) for metric in metrics],
+        bounds=[_bound(metric, limits[metric], _SIGNS) for metric in metrics],
         phases=[
-            (phase, [_cell(worst.get(metric)) for metric in decode_metrics])
+            (step_of(phase), phase, [_cell(worst.get(metric)) for metric in metrics])
             for phase in _decode_phases(verification)
             for worst in [_worst_by_metric(verification, [phase])]
         ],
         others=[
-            (phase, TITLES[entry.metric], _cell(entry), _bound(entry.metric, entry.limit, _SIGNS))
-            for phase, entry in _other_worst(verification)
+            (
+                entry.phase,
+                METRICS[entry.metric].title,
+                _cell(entry),
+                _bound(entry.metric, entry.limit, _SIGNS),
+            )
+            for entry in _other_worst(verification)
+        ],
+        reported=[
+            (figure.phase, METRICS[figure.metric], _figure(figure))
+            for figure in verification.reported
         ],
         thresholds=[
-            (threshold, _bound(metric, limit, _SIGNS), metric in changed)
-            for metric, (threshold, limit) in limits.by_metric.items()
+            (
+                metric,
+                _bound(metric.name, limits[metric.name], _SIGNS),
+                metric.name in verification.limits.overridden,
+            )
+            for metric in JUDGED
         ],
-        plots=_plots(verification, limits, parted),
-        parted=parted,
-        layer_plots=_layer_plots(verification.layers, grown),
+        plots=_plots(verification),
+        parted=_parted(verification),
+        layer_plots={
+            graph: plots.errors_by_layer(
+                *([each for each in some if each.graph == graph] for some in (layers, grown))
+            )
+            for layers in [verification.layers]
+            for graph in dict.fromkeys(layer.graph for layer in layers)
+        },
         grown=[(layer, _significant(layer.relative_error, 2), _growth(layer)) for layer in grown],
         pairs=[
             _pair(pair, differing)
@@ -343,43 +365,33 @@ def _page(
     )
 
 
-def _plots(verification: Verification, limits: Limits, parted: int | None) -> dict[str, str]:
+def _plots(verification: Verification) -> dict[str, str]:
     """The plots that there is something to draw in, by name."""
-    drawn = {}
-    phases, steps = _decode_phases(verification), verification.steps
+    drawn, limits = {}, verification.limits.by_metric
     metrics = [m for m in ("cache_error", "logits_error") if m in _decode_metrics(verification)]
     if metrics:
-        worst = [_worst_by_metric(verification, [phase]) for phase in phases]
+        worst = [_worst_by_metric(verification, [phase]) for phase in _decode_phases(verification)]
         errors = {
-            TITLES[metric]: [
+            METRICS[metric].title: [
                 entries[metric].value if metric in entries else math.nan for entries in worst
             ]
             for metric in metrics
         }
-        of = {TITLES[metric]: limits.limit(metric) for metric in metrics}
-        drawn["errors"] = plots.errors_by_phase(errors, of)
-    if steps.kl:
-        limit = limits.limit
-        drawn["divergence"] = plots.divergence_by_step(
-            steps, limit("sequence_kl"), limit("sequence_top_1")
+        of = {METRICS[metric].title: limits[metric] for metric in metrics}
+        drawn["errors"] = plots.errors_by_step(errors, of)
+    if verification.steps:
+        drawn["steps"] = plots.metrics_by_step(
+            verification.steps,
+            limits["sequence_kl"],
+            limits["sequence_top_1"],
+            _parted(verification),
         )
-    if steps.token_agreement:
-        drawn["agreement"] = plots.token_agreement_by_step(steps, parted)
     return drawn
 
 
-def _layer_plots(layers: Sequence[LayerError], grown: Sequence[LayerError]) -> dict[str, str]:
-    """A plot a graph, by its name, in the order in which graphs are found."""
-    drawn = {}
-    for graph in dict.fromkeys(layer.graph for layer in layers):
-        ours, marked = ([each for each in some if each.graph == graph] for some in (layers, grown))
-        drawn[graph] = plots.errors_by_layer(ours, marked)
-    return drawn
-
-
-def _parted(agreement: Sequence[float]) -> int | None:
+def _parted(verification: Verification) -> int | None:
     """The first step in which tokens of images drawn freely differ, if any does."""
-    return next((step for step, share in enumerate(agreement) if not share >= 1), None)
+    return next((each.step for each in verification.steps if not each.token_agreement >= 1), None)
 
 
 def _pair(pair: ImagePair, differing: Pixels) -> dict[str, Any]:
@@ -426,38 +438,36 @@ def _cell(entry: Measurement | None) -> _Cell | None:
 
 
 def _decode_phases(verification: Verification) -> list[str]:
-    return [phase for phase in verification.phases if phase.startswith("phase_")]
+    return [phase for phase in verification.phases if step_of(phase)]
 
 
 def _decode_metrics(verification: Verification) -> list[str]:
     """Metrics that the decode phases have, in the order of the thresholds."""
-    decode = set(_decode_phases(verification))
-    found = {entry.metric for entry in verification.measurements if entry.phase in decode}
-    return [metric for metric in _THRESHOLDS if metric in found]
+    found = {entry.metric for entry in verification.measurements if step_of(entry.phase)}
+    return [metric.name for metric in JUDGED if metric.name in found]
 
 
 def _worst_by_metric(verification: Verification, phases: Iterable[str]) -> dict[str, Measurement]:
     """Of each metric that the phases have, the measurement that is worst."""
     found: dict[str, list[Measurement]] = {}
-    for phase in phases:
-        for entry in verification.of_phase(phase):
+    for entry in verification.measurements:
+        if entry.phase in phases:
             found.setdefault(entry.metric, []).append(entry)
     return {metric: max(entries, key=_badness) for metric, entries in found.items()}
 
 
 def _badness(entry: Measurement) -> tuple[bool, float]:
     # NaN is worse than anything.
-    sign = -1 if entry.metric in HIGHER_IS_BETTER else 1
+    sign = -1 if METRICS[entry.metric].higher_is_better else 1
     return math.isnan(entry.value), sign * entry.value
 
 
-def _other_worst(verification: Verification) -> list[tuple[str, Measurement]]:
+def _other_worst(verification: Verification) -> list[Measurement]:
     """The worst of each metric of each phase that is no decode phase, in their order."""
-    decode = set(_decode_phases(verification))
     return [
-        (phase, entry)
+        entry
         for phase in verification.phases
-        if phase not in decode
+        if not step_of(phase)
         for entry in _worst_by_metric(verification, [phase]).values()
     ]
 
@@ -475,56 +485,35 @@ def _against(verification: Verification) -> str:
     return f"the bundle {verification.against}"
 
 
-def _measured_limits(verification: Verification) -> dict[str, float]:
-    return {entry.metric: entry.limit for entry in verification.measurements}
+def _place(phase: str) -> str:
+    """A phase, after the step that it is."""
+    step = step_of(phase)
+    return f"step {step} ({phase})" if step else phase
 
 
-def _basis(
-    verification: Verification, limits: Mapping[str, float]
-) -> tuple[str, dict[str, tuple[float, float]]]:
-    """The precision whose thresholds were applied, and limits that are not its own.
-
-    That is the bundle's precision, or the one of what it was compared with if that is looser. The
-    limits are by metric, with what the precision's would be.
-    """
-
-    def others(precision: str) -> dict[str, tuple[float, float]]:
-        own = {metric: _THRESHOLDS[metric].limit(precision) for metric in limits}
-        return {m: (limit, own[m]) for m, limit in limits.items() if limit != own[m]}
-
-    def asked(precision: str) -> int:
-        return sum(math.isfinite(limit) for limit, _ in others(precision).values())
-
-    own_first = sorted(PRECISIONS, key=lambda name: name != verification.precision)
-    precision = min(own_first, key=asked)
-    return precision, others(precision)
-
-
-def _changes(changed: Mapping[str, tuple[float, float]]) -> list[str]:
+def _changes(verification: Verification) -> list[str]:
     """The limits that are not the precision's own, in words."""
+    limits = verification.limits
     return [
-        f"{metric} {_limit(limit)} instead of {_limit(own)}"
-        for metric, (limit, own) in changed.items()
+        f"{metric} {limits.limit(metric):.12g} instead of {own:.12g}"
+        for metric, own in limits.overridden.items()
     ]
 
 
-def _limit(limit: float) -> str:
-    return "none" if math.isinf(limit) else f"{limit:.12g}"
+def _limit(entry: Measurement) -> str:
+    return f"{entry.limit:.12g}"
 
 
 def _bound(metric: str, limit: float, signs: Sequence[str]) -> str:
     """What is asked of a metric, such as ≤ 1e-05; signs: of at most, and of at least."""
-    if math.isinf(limit):
-        return "none"
-    return f"{signs[metric in HIGHER_IS_BETTER]}{_limit(limit)}"
+    return f"{signs[METRICS[metric].higher_is_better]}{limit:.12g}"
 
 
 def _breach(entry: Measurement, separator: str = " ") -> str:
     """The limit that a value breaks, such as > 1e-05."""
     if math.isnan(entry.value):
-        limit = "any number" if math.isinf(entry.limit) else _limit(entry.limit)
-        return f"limit{separator}{limit}"
-    return f"{'<' if entry.metric in HIGHER_IS_BETTER else '>'} {_limit(entry.limit)}"
+        return f"limit{separator}{_limit(entry)}"
+    return f"{'<' if METRICS[entry.metric].higher_is_better else '>'} {_limit(entry)}"
 
 
 def _growth(layer: LayerError) -> str:
@@ -536,11 +525,15 @@ def _growth(layer: LayerError) -> str:
 
 def _shown(entry: Measurement) -> str:
     """A value with few digits, but as many as show on which side of its limit it is."""
-    threshold = _THRESHOLDS[entry.metric]
-    digits = _DIGITS.get(entry.metric, 4 if entry.metric in HIGHER_IS_BETTER else 2)
-    met = threshold.met(entry.value, entry.limit)
+    digits = 4 if METRICS[entry.metric].higher_is_better else 2
     texts = (_significant(entry.value, count) for count in range(digits, 18))
-    return next(text for text in texts if threshold.met(float(text), entry.limit) == met)
+    return next(
+        text for text in texts if met(entry.metric, float(text), entry.limit) == entry.passed
+    )
+
+
+def _figure(figure: Figure) -> str:
+    return _significant(figure.value, 4)
 
 
 def _significant(value: float, digits: int) -> str:

@@ -7,29 +7,47 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lpd_export.accuracy.thresholds import Limits
+
 SEQUENCE, GENERATION = "sequence", "generation"
 """Beside the phases: all steps teacher-forced on their own caches, and whole images drawn."""
 
 
+def step_of(phase: str) -> int | None:
+    """The step, from 1, that a decode phase is. Phases count from 0, as their files do."""
+    number = phase.removeprefix("phase_")
+    return int(number) + 1 if number.isdigit() else None
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """One metric of one tensor of one phase, over all images."""
+    """One judged metric of one tensor of one phase, over all images."""
 
     phase: str
     """phase_00, ..., detokenize, tokenize, sequence or generation."""
     tensor: str
     metric: str
-    """A metric of `thresholds.THRESHOLDS`."""
+    """One of `thresholds.JUDGED`."""
     value: float
     """The worst over the images, or the mean where the metric is a mean."""
     limit: float
     passed: bool
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that is reported, and that the verdict does not follow from."""
+
+    phase: str
+    tensor: str
+    metric: str
+    """One of `thresholds.REPORTED`."""
+    value: float
 
 
 @dataclass(frozen=True)
@@ -74,15 +92,17 @@ class ImagePair:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """How metrics go along the steps of a generation; each [K]."""
+class Step:
+    """Metrics of one step of a generation, over all images."""
 
-    cells: list[int]
-    kl: list[float]
+    step: int
+    """From 1; its phase, and the file of it, has the number before."""
+    cells: int
+    kl: float
     """Mean KL divergence teacher-forced, in nats."""
-    top_1: list[float]
+    top_1: float
     """Share of equal most probable tokens, teacher-forced."""
-    token_agreement: list[float]
+    token_agreement: float
     """Share of equal tokens of images drawn freely."""
 
 
@@ -109,7 +129,12 @@ class Verification:
     remarks: list[str]
     """What the reader must know to judge, such as another checkpoint than the bundle's."""
     measurements: list[Measurement]
-    steps: Steps
+    """All that is judged."""
+    reported: list[Figure]
+    """Figures without a limit."""
+    limits: Limits
+    """That the measurements were judged by."""
+    steps: list[Step]
     pairs: list[ImagePair]
     layers: list[LayerError] = field(default_factory=list)
     layers_phase: str = ""
@@ -135,26 +160,20 @@ class Verification:
         """Names of all phases, in the order of computation."""
         return list(dict.fromkeys(measurement.phase for measurement in self.measurements))
 
-    def of_phase(self, phase: str) -> list[Measurement]:
-        return [measurement for measurement in self.measurements if measurement.phase == phase]
-
     def as_json(self) -> dict[str, Any]:
-        """Plain values, without the pictures."""
-        values = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "pairs"
+        """Plain values, without the pictures; a decode phase's step counts from 1."""
+        plain = {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name not in ("pairs", "limits")
         }
-        plain: dict[str, Any] = {
-            "passed": self.passed,
-            "first_failure": dataclasses.asdict(self.failures[0]) if self.failures else None,
-        }
-        for name, value in values.items():
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                plain[name] = dataclasses.asdict(value)
-            elif isinstance(value, list):
-                plain[name] = [
-                    dataclasses.asdict(entry) if dataclasses.is_dataclass(entry) else entry  # type: ignore[arg-type]
-                    for entry in value
-                ]
-            else:
-                plain[name] = str(value) if isinstance(value, Path) else value
-        return plain
+        first = _plain(self.failures[0]) if self.failures else None
+        return {"passed": self.passed, "first_failure": first, **plain}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Measurement):
+        return {"step": step_of(value.phase), **dataclasses.asdict(value)}
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from lpd_export.accuracy.layers import find_layer_errors, phase_to_look_at
 from lpd_export.accuracy.phases import phase_names, phase_runs
 from lpd_export.accuracy.polygraphy_files import NONE, PolygraphyFiles, kept_phases, phase_bytes
 from lpd_export.accuracy.report import IMAGES, RECORD, REPORT, write_report
-from lpd_export.accuracy.results import Measurement, Verification
+from lpd_export.accuracy.results import Measurement, Step, Verification
 from lpd_export.accuracy.sides import REFERENCE, Sides, SidesRequest, open_sides
 from lpd_export.accuracy.thresholds import Limits
 from lpd_export.bundle.manifest import Bundle
@@ -115,7 +115,7 @@ def verify(request: VerifyRequest, report: Report) -> Verification:
         commands = files.commands(
             bundle.path, request.folder / POLYGRAPHY, limits, bundle.manifest.backend
         )
-        write_report(verification, folder, limits, commands)
+        write_report(verification, folder, commands)
     return verification
 
 
@@ -172,10 +172,14 @@ def compare(
         report(f"comparing the phases: image {i + 1} of {task.images}")
         for run in phase_runs(task, i, sides, drawn):
             comparison.add(run.name, *run.compared)
-    steps = compare_sequences(task, sides, drawn, comparison, report)
+    divergence = compare_sequences(task, sides, drawn, comparison, report)
     sides.remarks.extend(faults_in_words(sides))
     other = draw_actual(task, sides, report)
-    agreement_by_step = compare_generation(task, sides, drawn, other, comparison)
+    agreement = compare_generation(task, sides, drawn, other, comparison)
+    steps = [
+        Step(phase.index + 1, phase.queries, float(kl), float(top_1), float(equal))
+        for phase, (kl, top_1), equal in zip(task.phases, divergence, agreement, strict=True)
+    ]
     measurements = comparison.measurements()
     save_phases(request, task, sides, drawn, measurements, files, report)
     layers, layers_phase = [], ""
@@ -203,7 +207,9 @@ def compare(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         remarks=sides.remarks,
         measurements=measurements,
-        steps=dataclasses.replace(steps, token_agreement=agreement_by_step),
+        reported=comparison.figures(),
+        limits=comparison.limits,
+        steps=steps,
         pairs=make_pairs(task, manifest, drawn, other) if other else [],
         layers=layers,
         layers_phase=layers_phase,

@@ -50,7 +50,7 @@ from lpd_export.accuracy.comparison import (
 from lpd_export.accuracy.implementations import Reference, Task, decode_inputs, past_rows
 from lpd_export.accuracy.polygraphy_files import kept_phases
 from lpd_export.accuracy.sides import SidesRequest
-from lpd_export.accuracy.thresholds import HIGHER_IS_BETTER, PRECISIONS, THRESHOLDS, Limits
+from lpd_export.accuracy.thresholds import JUDGED, LIMITS, METRICS, REPORTED, Limits
 from lpd_export.accuracy.verify import VerifyRequest, new_report
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
@@ -70,7 +70,8 @@ pytestmark = pytest.mark.model
 PHASES = ["phase_00", "phase_01", "phase_02", "phase_03", "detokenize", "tokenize"]
 PHASE_FILES = [f"{phase}.onnx" for phase in PHASES[:4]]
 TABLE = [*PHASES, "sequence", "generation"]
-METRICS = [threshold.metric for threshold in THRESHOLDS]
+JUDGED_NAMES = [metric.name for metric in JUDGED]
+LOOSEST = [f"{m.name}={-1e300 if m.higher_is_better else 1e300!r}" for m in JUDGED]
 BIN = Path(sys.executable).parent
 PAGE = Path(__file__).parents[2] / "docs" / "verification.md"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -258,17 +259,13 @@ def test_polygraphy_measures_what_numpy_does(seed: int, error: float) -> None:
         (LEFT_ALONE, "rows_left_alone"): error,
         ("logits", "logits_error"): np.linalg.norm(one - two) / np.linalg.norm(one),
         ("logits", "logits_largest_error"): np.abs(one - two).max() / np.abs(one).max(),
-        ("logits", "logits_cosine"): one @ two / np.linalg.norm(one) / np.linalg.norm(two),
     }
     for name in ("present_key_0", "present_value_0"):
         error_of = np.linalg.norm((expected[name] - actual[name]).ravel())
         direct[name, "cache_error"] = error_of / np.linalg.norm(expected[name].ravel())
-    for name in ("present_key_0", "present_value_0", "logits"):
-        direct[name, "absolute_error"] = np.abs(expected[name] - actual[name]).max()
     p, q = (np.exp(side["guided_logits"].astype(np.float64)) for side in (expected, actual))
     p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
     direct["guided_logits", "kl"] = np.mean(np.sum(p * np.log(p / q), axis=-1))
-    direct["guided_logits", "top_1"] = np.mean(p.argmax(-1) == q.argmax(-1))
     assert found == pytest.approx(direct, rel=1e-4, abs=1e-9)
 
 
@@ -301,33 +298,17 @@ def test_polygraphy_is_what_compares(
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # it would be shown to the user
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_is_not_finite_never_passes(precision: str, bad: float) -> None:
+@pytest.mark.parametrize("overrides", [[], LOOSEST])
+def test_what_is_not_finite_never_passes(overrides: list[str], bad: float) -> None:
     """In a single place of any output, whatever the limits."""
-    loosest = [f"{m}={'-inf' if m in HIGHER_IS_BETTER else 'inf'}" for m in METRICS]
-    for limits in (Limits.of([precision]), Limits.of([precision], loosest)):
-        for metric in METRICS:
-            assert not limits.met(metric, math.nan)
-        if math.isinf(bad) and limits.limit("kl") == math.inf:
-            continue  # an infinite error is within an infinite limit
-        for tensor in outputs(0):
-            actual = outputs(0)
-            actual[tensor].ravel()[3 % actual[tensor].size] = bad
-            comparison = Comparison(limits)
-            comparison.add("phase_00", outputs(0), actual)
-            failed = {m.tensor for m in comparison.measurements() if not m.passed}
-            assert failed == {tensor}
-
-
-def test_the_absolute_error_of_an_image() -> None:
-    image, other = np.zeros((2, 1, 3, 4, 4), np.float32)
-    other[0, 1, 2, 3] = -0.25
-    comparison = Comparison(Limits.of(["fp32"]))
-    comparison.add("detokenize", {"image": image}, {"image": other})
-    found = {m.metric: m for m in comparison.measurements()}
-    assert found["absolute_error"].value == 0.25
-    assert found["absolute_error"].passed, "it is told, not judged"
-    assert not found["image_psnr"].passed
+    limits = Limits.of(["int8"], overrides)
+    assert not any(limits.met(metric, math.nan) for metric in JUDGED_NAMES)
+    for tensor in outputs(0):
+        actual = outputs(0)
+        actual[tensor].ravel()[3 % actual[tensor].size] = bad
+        comparison = Comparison(limits)
+        comparison.add("phase_00", outputs(0), actual)
+        assert {m.tensor for m in comparison.measurements() if not m.passed} == {tensor}
 
 
 @pytest.mark.parametrize("sides", [(0, 1), (1, 0), (1, 1)])
@@ -347,10 +328,9 @@ def test_an_image_that_is_not_a_number_never_passes() -> None:
     comparison = Comparison(Limits.of(["int8"]))
     comparison.add("detokenize", {"image": image}, {"image": broken})
     comparison.add("detokenize", {"image": image}, {"image": image})
-    assert {m.metric for m in comparison.measurements()} == {"image_psnr", "absolute_error"}
-    for measured in comparison.measurements():
-        assert math.isnan(measured.value)
-        assert not measured.passed
+    (measured,) = comparison.measurements()
+    assert math.isnan(measured.value)
+    assert not measured.passed
 
 
 def test_over_images_the_mean_of_means_and_the_worst_of_others_count() -> None:
@@ -358,10 +338,14 @@ def test_over_images_the_mean_of_means_and_the_worst_of_others_count() -> None:
     for metric in METRICS:
         for value in (0.5, 0.25, 0.75):
             comparison.note("phase_00", "tensor", metric, value)
-    for measured in comparison.measurements():
-        worst = 0.25 if measured.metric in HIGHER_IS_BETTER else 0.75
-        assert measured.value == (0.5 if measured.metric in MEANS else worst), measured.metric
-        assert measured.passed == comparison.limits.met(measured.metric, measured.value)
+    judged, reported = comparison.measurements(), comparison.figures()
+    assert [entry.metric for entry in judged] == JUDGED_NAMES
+    assert [entry.metric for entry in reported] == [metric.name for metric in REPORTED]
+    for entry in (*judged, *reported):
+        worst = 0.25 if METRICS[entry.metric].higher_is_better else 0.75
+        assert entry.value == (0.5 if entry.metric in MEANS else worst), entry.metric
+    for entry in judged:
+        assert entry.passed == comparison.limits.met(entry.metric, entry.value)
 
 
 @given(st.integers(1, 6), st.integers(0, 10_000), st.data())
@@ -399,49 +383,41 @@ def test_rows_are_compared_where_a_phase_writes_and_must_stay_elsewhere(
 
 
 def test_the_table_is_complete() -> None:
-    assert len(set(METRICS)) == len(METRICS)
-    unlimited = []
-    for threshold in THRESHOLDS:
-        for text in (threshold.title, threshold.description, threshold.reason):
-            assert text.strip()
-        for precision in PRECISIONS:
-            limit = threshold.limit(precision)
-            if not math.isfinite(limit):
-                unlimited.append((threshold.metric, precision))
-                # No limit, rather than one that nothing keeps.
-                assert limit == (math.inf if threshold.at_most else -math.inf)
-    told = ("absolute_error", "token_agreement")
-    assert unlimited == [(metric, precision) for metric in told for precision in PRECISIONS]
+    assert len(METRICS) == len(JUDGED) + len(REPORTED)
+    assert all(text.strip() for metric in METRICS.values() for text in metric[:4])
+    for row in LIMITS.values():
+        assert set(row) == set(JUDGED_NAMES)
+        assert all(math.isfinite(limit) for limit in row.values())
 
 
 def test_a_lower_precision_is_never_judged_more_strictly() -> None:
-    for threshold in THRESHOLDS:
-        for finer, coarser in itertools.pairwise(PRECISIONS):
-            strict, loose = threshold.limit(finer), threshold.limit(coarser)
-            assert strict <= loose if threshold.at_most else strict >= loose, threshold.metric
+    for finer, coarser in itertools.pairwise(LIMITS.values()):
+        for metric in JUDGED:
+            strict, loose = finer[metric.name], coarser[metric.name]
+            assert strict >= loose if metric.higher_is_better else strict <= loose, metric.name
+
+
+@given(st.lists(st.sampled_from([*LIMITS]), min_size=1, max_size=3), st.floats(-200, 200))
+def test_the_loosest_of_the_precisions_counts(precisions: list[str], value: float) -> None:
+    together, alone = Limits.of(precisions), [Limits.of([name]) for name in precisions]
+    assert together.precision in precisions
+    assert together.by_metric == LIMITS[together.precision]
+    assert together.by_metric == Limits.of(precisions[::-1]).by_metric
+    for metric in JUDGED_NAMES:
+        assert together.met(metric, value) == any(each.met(metric, value) for each in alone)
 
 
 @given(
-    st.sampled_from(METRICS),
-    st.lists(st.sampled_from(PRECISIONS), min_size=1, max_size=3),
-    st.floats(-200, 200),
+    st.sampled_from(JUDGED_NAMES),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(allow_nan=False, allow_infinity=False),
 )
-def test_the_loosest_of_the_precisions_counts(
-    metric: str, precisions: list[str], value: float
-) -> None:
-    together, alone = Limits.of(precisions), [Limits.of([name]) for name in precisions]
-    assert together.met(metric, value) == any(each.met(metric, value) for each in alone)
-    assert together.limit(metric) in [each.limit(metric) for each in alone]
-    assert together.limit(metric) == Limits.of(precisions[::-1]).limit(metric)
-
-
-@given(st.sampled_from(METRICS), st.floats(allow_nan=False), st.floats(allow_nan=False))
 def test_a_limit_of_the_user_counts_instead(metric: str, first: float, limit: float) -> None:
     limits = Limits.of(["fp32"], [f"{metric}={first!r}", f"{metric}={limit!r}"])
-    assert limits.limit(metric) == limit
     assert limits.met(metric, limit)
-    others = set(METRICS) - {metric}
-    assert all(limits.limit(name) == Limits.of(["fp32"]).limit(name) for name in others)
+    assert limits.by_metric == LIMITS["fp32"] | {metric: limit}
+    own = LIMITS["fp32"][metric]
+    assert limits.overridden == ({} if limit == own else {metric: own})
 
 
 @pytest.mark.parametrize(
@@ -452,13 +428,15 @@ def test_a_limit_of_the_user_counts_instead(metric: str, first: float, limit: fl
         ("=1", "--threshold =1 is not METRIC=LIMIT"),
         ("", "--threshold  is not METRIC=LIMIT"),
         ("KL=1", "--threshold KL=1 is not METRIC=LIMIT"),
-        ("kl=", "--threshold kl=: '' is not a number"),
-        ("kl=low", "--threshold kl=low: 'low' is not a number"),
-        ("kl=nan", "--threshold kl=nan: 'nan' is not a number"),
-        ("kl=1=2", "--threshold kl=1=2: '1=2' is not a number"),
+        ("kl=", "--threshold kl=: '' is not a finite number"),
+        ("kl=low", "--threshold kl=low: 'low' is not a finite number"),
+        ("kl=nan", "--threshold kl=nan: 'nan' is not a finite number"),
+        ("kl=-inf", "--threshold kl=-inf: '-inf' is not a finite number"),
+        ("kl=1=2", "--threshold kl=1=2: '1=2' is not a finite number"),
+        ("token_agreement=1", "--threshold token_agreement=1 is not METRIC=LIMIT"),
     ],
 )
-def test_thresholds_that_are_none(
+def test_thresholds_that_are_refused(
     small_bundle: Path, tmp_path: Path, text: str, message: str
 ) -> None:
     options = ["--threshold", text, "--out", tmp_path / "a"]
@@ -659,15 +637,10 @@ def test_json_of_a_good_bundle(report: Path, small_bundle: Path) -> None:
     assert result["saved_phases"] == PHASES
     assert list(dict.fromkeys(m["phase"] for m in result["measurements"])) == TABLE
     assert all(m["passed"] for m in result["measurements"])
-    # All that is judged is measured, and all that is measured is judged.
-    assert {m["metric"] for m in result["measurements"]} == set(METRICS)
-    fp32 = Limits.of(["fp32"])
-    for measured in result["measurements"]:
-        limit = fp32.limit(measured["metric"])
-        assert measured["limit"] == (limit if math.isfinite(limit) else None)
-    steps = result["steps"]
-    assert steps["cells"] == Bundle.open(small_bundle).schedule().group_sizes.tolist()
-    assert [len(steps[key]) for key in ("kl", "top_1", "token_agreement")] == [4, 4, 4]
+    assert {m["metric"]: m["limit"] for m in result["measurements"]} == LIMITS["fp32"]
+    assert [figure["metric"] for figure in result["reported"]] == [m.name for m in REPORTED]
+    groups = Bundle.open(small_bundle).schedule().group_sizes.tolist()
+    assert [(step["step"], step["cells"]) for step in result["steps"]] == [*enumerate(groups, 1)]
 
 
 def test_a_report_is_whole(report: Path) -> None:
@@ -698,7 +671,7 @@ def test_the_table_names_every_phase(
     before = entries(small_bundle)
     said = answer("verify", small_bundle, "--images", 1, "--out", tmp_path / "a/b")
     assert said.code == 0, said
-    begun = [line.split()[0] for line in said.out.splitlines() if line.strip()]
+    begun = [word for line in said.out.splitlines() for word in line.split()[:2]]
     assert [word for word in dict.fromkeys(begun) if word in TABLE] == TABLE
     assert "\npassed: every threshold of fp32 holds for 1 image\n" in said.out
     assert said.out.endswith(f"\nreport: {tmp_path / 'a/b/report.html'}\n")
@@ -758,10 +731,7 @@ def test_limits_of_the_user_decide(small_bundle: Path, tmp_path: Path) -> None:
     assert result["saved_phases"] == ["phase_00", "tokenize"]
     assert "phase_00.inputs.json" in entries(out / "polygraphy")
     # As wide as can be.
-    loosest = [f"{m}={'-inf' if m in HIGHER_IS_BETTER else 'inf'}" for m in METRICS]
-    options = [word for limit in loosest for word in ("--threshold", limit)]
-    assert verified(small_bundle, out, *options)["measurements"][0]["limit"] is None
-    options = ["--threshold", "image_psnr=-1e6", "--threshold", "index_agreement=-1"]
+    options = [word for limit in LOOSEST for word in ("--threshold", limit)]
     verified(small_bundle, out, *options)
 
 
@@ -911,22 +881,20 @@ def test_which_phases_are_kept() -> None:
 
 def test_fp16_against_fp32(small_bundle: Path, fp16_bundle: Path, tmp_path: Path) -> None:
     """The looser limits count, whichever of the two is verified."""
-    limits = Limits.of(["fp16"])
+    limits = LIMITS["fp16"]
     for bundle, other in ((fp16_bundle, small_bundle), (small_bundle, fp16_bundle)):
         result = verified(bundle, tmp_path / "out", "--against", other)
         assert result["against"] == str(other)
-        for measured in result["measurements"]:
-            limit = limits.limit(measured["metric"])
-            assert measured["limit"] == (limit if math.isfinite(limit) else None)
+        assert {m["metric"]: m["limit"] for m in result["measurements"]}.items() <= limits.items()
         error = values(result)["phase_02", "logits", "logits_error"]
-        assert Limits.of(["fp32"]).limit("logits_error") < error < limits.limit("logits_error")
+        assert LIMITS["fp32"]["logits_error"] < error < limits["logits_error"]
 
 
 def test_a_bundle_is_itself(small_bundle: Path, tmp_path: Path) -> None:
     result = verified(small_bundle, tmp_path / "out", "--against", small_bundle, "--images", 2)
-    perfect = {"logits_cosine": 1, "top_1": 1, "index_agreement": 1, "sequence_top_1": 1}
-    perfect |= {"token_agreement": 1, "image_psnr": None, "generation_psnr": None}
-    for measured in result["measurements"]:
+    perfect = {"index_agreement": 1, "sequence_top_1": 1, "token_agreement": 1, "equal_images": 1}
+    perfect |= {"image_psnr": None, "generation_psnr": None}
+    for measured in [*result["measurements"], *result["reported"]]:
         exact = perfect.get(measured["metric"], 0)
         assert measured["value"] == (exact if exact is None else pytest.approx(exact, abs=1e-6))
         if measured["metric"].endswith("_error"):

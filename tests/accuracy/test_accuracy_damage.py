@@ -434,7 +434,7 @@ def test_the_command_line_names_the_place_first(
     said = answer("verify", bundle, "--images", 1, "--threads", 1, "--by-layer")
     assert said.code == 1
     verdict, *more = said.out[said.out.index("FAILED") :].splitlines()
-    assert verdict.startswith("FAILED: phase_00, present_key_2: cache_error ")
+    assert verdict.startswith("FAILED: step 1 (phase_00), present_key_2: cache_error ")
     assert any(line.split()[:2] == ["decode", "blocks.1.fc1"] for line in more), more
     folder = tmp_path / "bundle-verification"
     assert more[-1] == f"report: {folder / 'report.html'}"
@@ -453,7 +453,7 @@ def test_what_is_not_a_number_is_a_failure_and_no_mistake(
     said = answer("verify", bundle, "--images", 1, "--threads", 1, "--by-layer")
     assert said.code == 1
     assert "Traceback" not in said.err
-    assert "FAILED: phase_00, present_key_2: cache_error NaN" in said.out
+    assert "FAILED: step 1 (phase_00), present_key_2: cache_error NaN" in said.out
     folder = tmp_path / "bundle-verification"
     assert "draws no image" in (folder / "report.html").read_text()
     record = json.loads((folder / "report.json").read_text())

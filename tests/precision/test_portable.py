@@ -22,7 +22,7 @@ import lpd_export.build.build
 from commandline import answer, entries
 from lpd_export.accuracy.comparison import relative_error
 from lpd_export.accuracy.implementations import round_to_bf16 as rounded
-from lpd_export.accuracy.thresholds import Limits
+from lpd_export.accuracy.thresholds import LIMITS
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.errors import UserError
 from lpd_export.formats import FLOAT16, FLOAT32, FloatType
@@ -40,7 +40,7 @@ OPTIMIZATIONS = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-COARSE = {"top_1": 0.5, "sequence_top_1": 0.9, "index_agreement": 0.8}
+COARSE = {"sequence_top_1": 0.9, "index_agreement": 0.8}
 """Limits of untrained weights: a cell may be a near tie, and there are 32 of them in all."""
 Arrays = dict[str, NDArray[Any]]
 
@@ -293,7 +293,7 @@ def test_bf16_is_as_far_from_fp32_as_its_roundings_are(
     found = run_file(portable_bf16["decode"], inputs, optimizations)
     assert list(found) == list(expected)
     errors = {name: relative_error(expected[name], found[name]) for name in expected}
-    assert 1e-3 < errors["logits"] < Limits.of(["bf16"]).limit("logits_error")
+    assert 1e-3 < errors["logits"] < LIMITS["bf16"]["logits_error"]
     assert min(errors.values()) > 1e-3
 
 
@@ -319,11 +319,8 @@ def test_a_bf16_bundle_is_verified_without_a_gpu(
     assert result["precision"] == "bf16"
     assert result["ran"].startswith("its ONNX graphs on ONNX Runtime ")
     assert result["ran"].endswith(", cpu, every value rounded to BF16")
-    limits = Limits.of(["bf16"])
-    for measured in result["measurements"]:
-        limit = limits.limit(measured["metric"])
-        if measured["metric"] not in COARSE:
-            assert measured["limit"] == (limit if np.isfinite(limit) else None)
+    limits = {measured["metric"]: measured["limit"] for measured in result["measurements"]}
+    assert limits.items() <= (LIMITS["bf16"] | COARSE).items()
     layers = {layer["layer"]: layer["relative_error"] for layer in result["layers"]}
     assert {"blocks.0.fc1", "blocks.1", "head", "decoder.conv_out"} <= set(layers)
     assert all(1e-4 < error < 0.1 for error in layers.values()), layers
@@ -418,7 +415,7 @@ def test_an_int8_bundle_of_engines_is_verified_without_a_gpu(int8: Bundle, tmp_p
     result = verified(int8, tmp_path / "out", "--onnx")
     assert result["ran"].endswith(", cpu, INT8 activations made unsigned")
     kl = of(result, "sequence_kl")
-    assert 1e-7 < kl < Limits.of(["int8"]).limit("sequence_kl")
+    assert 1e-7 < kl < LIMITS["int8"]["sequence_kl"]
 
 
 # -------------------------------------------------------------------------------------- bundles
