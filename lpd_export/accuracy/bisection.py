@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 
+from lpd_export.accuracy.bundle_side import BundleSide
 from lpd_export.accuracy.comparison import Comparison
+from lpd_export.accuracy.context import Context
 from lpd_export.accuracy.end_to_end import compare_sequence
-from lpd_export.accuracy.implementations import (
-    BundleImplementation,
-    Drawn,
-    Reference,
-    RememberingReference,
-    Task,
-)
 from lpd_export.accuracy.phases import decode_runs, detokenize_run, tokenize_run
+from lpd_export.accuracy.reference_side import Reference
 from lpd_export.accuracy.results import Bisection
-from lpd_export.accuracy.sides import Sides
-from lpd_export.accuracy.thresholds import Limits
+from lpd_export.accuracy.sides import Task
 from lpd_export.build.build import write_exact_graphs
 from lpd_export.build.settings import Source
-from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
+from lpd_export.bundle.manifest import GRAPH_NAMES
 from lpd_export.files import write_atomically
 from lpd_export.formats import PRECISIONS, FloatType
 from lpd_export.graphs import export
@@ -186,54 +184,60 @@ def save_kept_layers(found: Sequence[Bisection], path: Path) -> None:
 # ---------------------------------------------------------------------------- in a verification
 
 
-def find_kept_layers(
-    bundle: Bundle,
-    task: Task,
-    sides: Sides,
-    drawn: Drawn,
-    limits: Limits,
-    threads: int | None,
-    scratch: Path,
-    report: Report,
-) -> list[Bisection]:
-    """For each graph of an INT8 bundle, the fewest layers that must not be INT8."""
-    manifest, schedule = bundle.manifest, task.schedule
-    assert isinstance(sides.expected, Reference)
-    reference = RememberingReference(sides.expected)
-    exact, trials = scratch / "exact", scratch / "trials"
-    write_exact_graphs(exact, Source(reference.model, reference.tokenizer, None, None), report)
+class RememberingReference(Reference):
+    """A reference that is asked for the same sequences again and again, and computes them once."""
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__(reference.model, reference.tokenizer)
+        self._logits: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def sequence_logits(self, task: Task, token_ids: NDArray[np.int64]) -> torch.Tensor:
+        key = (*task.labels, *task.order_indices, *token_ids.ravel().tolist())
+        if key not in self._logits:
+            self._logits[key] = super().sequence_logits(task, token_ids)
+        return self._logits[key]
+
+
+def find_kept_layers(context: Context) -> list[Bisection]:
+    """For each graph of a quantized bundle, the fewest layers that must not be quantized."""
+    manifest, schedule = context.bundle.manifest, context.task.schedule
+    assert isinstance(context.expected, Reference)
+    reference = RememberingReference(context.expected)
+    exact, trials = context.scratch / "exact", context.scratch / "trials"
+    source = Source(reference.model, reference.tokenizer, None, None)
+    write_exact_graphs(exact, source, context.report)
     trials.mkdir()
-    calibration = calibrate(exact, trials, manifest, schedule, True, report)
+    calibration = calibrate(exact, trials, manifest, schedule, True, context.report)
     float_type = PRECISIONS[manifest.precision].float_type(manifest.backend)
 
     def judge(graph: str, file: Path, whole: bool) -> bool:
         executor = OnnxRuntimeExecutor(
-            {graph: file}, getattr(torch, float_type.torch), threads=threads
+            {graph: file}, getattr(torch, float_type.torch), threads=context.request.threads
         )
-        trial = BundleImplementation("trial", Pipeline(manifest, schedule, executor))
-        both = sides._replace(expected=reference, actual=trial)
-        return holds(graph, task, both, drawn, limits, whole)
+        trial = BundleSide("trial", Pipeline(manifest, schedule, executor), "")
+        return holds(graph, replace(context, expected=reference, actual=trial), whole)
 
-    bisector = Bisector(exact, trials, float_type, judge, report)
+    bisector = Bisector(exact, trials, float_type, judge, context.report)
     return [bisector.search(graph, calibration.layers[graph]) for graph in GRAPH_NAMES]
 
 
-def holds(graph: str, task: Task, sides: Sides, drawn: Drawn, limits: Limits, whole: bool) -> bool:
+def holds(graph: str, context: Context, whole: bool) -> bool:
     """Whether every threshold that concerns one graph holds for all images.
 
     whole: whether the decode graph's single phases are compared too, or whole sequences alone.
     """
-    comparison = Comparison(limits)
+    comparison = Comparison(context.limits)
+    images = range(context.task.images)
     if graph == "decode":
-        for i in range(task.images):
-            compare_sequence(task, i, sides, drawn, comparison)
+        for i in images:
+            compare_sequence(context, i, comparison)
         if not whole or not all(entry.passed for entry in comparison.measurements()):
             return all(entry.passed for entry in comparison.measurements())
-    for i in range(task.images):
+    for i in images:
         if graph == "decode":
-            runs = list(decode_runs(task, i, sides, drawn))
+            runs = list(decode_runs(context, i))
         else:
-            runs = [(detokenize_run if graph == "detokenize" else tokenize_run)(i, sides, drawn)]
+            runs = [(detokenize_run if graph == "detokenize" else tokenize_run)(context, i)]
         for run in runs:
             comparison.add(run.name, *run.compared)
     return all(entry.passed for entry in comparison.measurements())

@@ -17,50 +17,32 @@ from lpd_export.accuracy.comparison import (
     psnr,
     top_1_agreement,
 )
-from lpd_export.accuracy.implementations import Drawn, Task
+from lpd_export.accuracy.context import Context
 from lpd_export.accuracy.results import GENERATION, SEQUENCE, ImagePair
-from lpd_export.accuracy.sides import Sides
+from lpd_export.accuracy.sides import Drawn, Task
 from lpd_export.bundle.classes import display_name
-from lpd_export.bundle.manifest import Manifest
-from lpd_export.errors import GraphError, NumericalError, UserError
-from lpd_export.progress import Report
+from lpd_export.errors import GraphError, NumericalError
 from lpd_reference.generate import draw
 
 MOST_PAIRS = 16
 """Images that the report shows side by side."""
 
 
-def draw_expected(task: Task, sides: Sides, report: Report) -> Drawn:
-    """The images that all else is compared with.
-
-    Raises:
-        UserError: if there are none.
-    """
-    try:
-        return sides.expected.draw(task, report)
-    except (GraphError, NumericalError) as error:
-        raise UserError(
-            f"there is nothing to compare with, {sides.expected.name} draws no image: {error}"
-        ) from error
-
-
-def draw_actual(task: Task, sides: Sides, report: Report) -> Drawn | None:
+def draw_actual(context: Context) -> Drawn | None:
     """The bundle's images, or None with a remark if it gives none."""
     try:
-        return sides.actual.draw(task, report)
+        return context.actual.draw(context.task, context.report)
     except (GraphError, NumericalError) as error:
-        sides.remarks.append(f"{sides.actual.name} draws no image: {error}")
+        context.remarks.append(f"{context.actual.name} draws no image: {error}")
         return None
 
 
-def compare_sequences(
-    task: Task, sides: Sides, drawn: Drawn, comparison: Comparison, report: Report
-) -> NDArray[np.float64]:
+def compare_sequences(context: Context, comparison: Comparison) -> NDArray[np.float64]:
     """Sequences of all images; returns KL divergence and top-1 agreement by step [K, 2]."""
-    by_step = []
+    by_step, task = [], context.task
     for i in range(task.images):
-        report(f"comparing whole sequences: image {i + 1} of {task.images}")
-        one, other = compare_sequence(task, i, sides, drawn, comparison)
+        context.report(f"comparing whole sequences: image {i + 1} of {task.images}")
+        one, other = compare_sequence(context, i, comparison)
         by_step.append(
             [
                 (kl_divergence(one[c], other[c]), top_1_agreement(one[c], other[c]))
@@ -76,15 +58,15 @@ def cells_by_step(task: Task) -> list[slice]:
 
 
 def compare_sequence(
-    task: Task, image: int, sides: Sides, drawn: Drawn, comparison: Comparison
+    context: Context, image: int, comparison: Comparison
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """All steps of one image teacher-forced, each side on its own caches.
 
     Returns the guided logits [S, V] of both sides.
     """
     one, other = (
-        side.sequence_logits(task.image(image), drawn.token_ids[[image]])[0].numpy()
-        for side in (sides.expected, sides.actual)
+        side.sequence_logits(context.task.image(image), context.drawn.token_ids[[image]])[0].numpy()
+        for side in context.sides
     )
     comparison.note(SEQUENCE, GUIDED, "sequence_kl", kl_divergence(one, other))
     comparison.note(SEQUENCE, GUIDED, "sequence_top_1", top_1_agreement(one, other))
@@ -92,7 +74,7 @@ def compare_sequence(
 
 
 def compare_generation(
-    task: Task, sides: Sides, drawn: Drawn, other: Drawn | None, comparison: Comparison
+    context: Context, other: Drawn | None, comparison: Comparison
 ) -> NDArray[np.float64]:
     """Whole images drawn with the same uniform numbers; returns the share of equal tokens by step.
 
@@ -100,11 +82,12 @@ def compare_generation(
     reference's own rule draws from the logits that the bundle has for the tokens before it: then
     rounding explains all differences, and not the loop or the sampler.
     """
+    task, drawn = context.task, context.drawn
     if other is None:
         comparison.note(GENERATION, "token_ids", "unexplained_draws", float("nan"))
         return np.zeros(len(task.phases))
     equal_by_step = []
-    for i, logits in enumerate(sides.actual.drawn_logits(task, other.token_ids)):
+    for i, logits in enumerate(context.actual.drawn_logits(task, other.token_ids)):
         one, two = (side.token_ids[i][task.orders[i]] for side in (drawn, other))
         equal = np.array_equal(one, two)
         equal_by_step.append([agreement(one[c], two[c]) for c in cells_by_step(task)])
@@ -119,11 +102,13 @@ def compare_generation(
     return np.mean(equal_by_step, axis=0)
 
 
-def make_pairs(task: Task, manifest: Manifest, drawn: Drawn, other: Drawn) -> list[ImagePair]:
+def make_pairs(context: Context, other: Drawn) -> list[ImagePair]:
     """What the report shows side by side."""
+    task, drawn = context.task, context.drawn
+    names = context.bundle.manifest.class_names
     return [
         ImagePair(
-            label=display_name(manifest.class_names, task.labels[i]),
+            label=display_name(names, task.labels[i]),
             expected=drawn.pixels[i],
             actual=other.pixels[i],
             equal_tokens=agreement(drawn.token_ids[i], other.token_ids[i]),

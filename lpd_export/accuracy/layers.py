@@ -24,15 +24,14 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from torch import Tensor, nn
 
 from lpd_export.accuracy.comparison import quiet, relative_error
-from lpd_export.accuracy.implementations import Drawn, Reference, Task, past_rows
+from lpd_export.accuracy.context import Context
 from lpd_export.accuracy.phases import phase_runs
+from lpd_export.accuracy.reference_side import Reference
 from lpd_export.accuracy.results import LayerError, Measurement
-from lpd_export.accuracy.sides import Sides
-from lpd_export.bundle.manifest import Bundle
+from lpd_export.accuracy.sides import Task
 from lpd_export.formats import PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision.portable import portable_files
-from lpd_export.progress import Report
 from lpd_export.schedule.phases import Phase
 from lpd_reference.lpd import LPD, Block
 from lpd_reference.vq import AttentionBlock, ResidualBlock, VQTokenizer
@@ -238,40 +237,39 @@ def phase_to_look_at(task: Task, measurements: list[Measurement]) -> Phase:
     return by_name[(failed or [max(errors, key=lambda entry: entry.value)])[0].phase]
 
 
-def find_layer_errors(
-    bundle: Bundle,
-    task: Task,
-    phase: Phase,
-    sides: Sides,
-    drawn: Drawn,
-    scratch: Path,
-    report: Report,
-) -> list[LayerError]:
+def find_layer_errors(context: Context, phase: Phase) -> list[LayerError]:
     """The error of every layer, of the decode graph in one phase, for the first image.
 
     Of a graph that fails when it is run there are none.
     """
-    reference, precision = sides.expected, bundle.manifest.precision
+    reference, scratch = context.expected, context.scratch
     assert isinstance(reference, Reference)
-    files, _ = portable_files(bundle, scratch / "portable")
-    past, errors = past_rows(task, phase), []
-    failing = {name for names in sides.actual.faults.values() for name in names}
-    for run in phase_runs(task, 0, sides, drawn):
+    files, _ = portable_files(context.bundle, scratch / "portable")
+    failing = {name for names in context.actual.faults.values() for name in names}
+    work: dict[str, tuple[str, Callable[[Arrays], object]]] = {
+        phase.name: ("decode", partial(reference.decode, context.task, phase)),
+        "detokenize": ("detokenize", reference.detokenize),
+        "tokenize": ("tokenize", reference.tokenize),
+    }
+    errors = []
+    for run in phase_runs(context, 0):
+        if run.name not in work or run.name in failing:
+            continue
         # The same inputs for both, so that only what the graph computes differs.
         feed = {
             k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in run.feed.items()
         }
-        work = {
-            phase.name: ("decode", partial(reference.decode_phase, feed, past, None)),
-            "detokenize": ("detokenize", partial(reference.decode_image, feed)),
-            "tokenize": ("tokenize", partial(reference.encode_image, feed)),
-        }
-        if run.name in work and run.name not in failing:
-            graph, run_reference = work[run.name]
-            report(f"comparing the layers of {graph}")
-            folder = scratch / f"layers-{graph}"
-            errors += compare_layers(
-                graph, files[graph], run.feed, reference, run_reference, precision, folder
-            )
-            shutil.rmtree(folder)
+        graph, run_reference = work[run.name]
+        context.report(f"comparing the layers of {graph}")
+        folder = scratch / f"layers-{graph}"
+        errors += compare_layers(
+            graph,
+            files[graph],
+            run.feed,
+            reference,
+            partial(run_reference, feed),
+            context.bundle.manifest.precision,
+            folder,
+        )
+        shutil.rmtree(folder)
     return errors

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lpd_export.accuracy import plots
+from lpd_export.accuracy.request import IMAGES, RECORD, REFERENCE, REPORT
 from lpd_export.accuracy.results import (
     Figure,
     ImagePair,
@@ -36,9 +37,6 @@ from lpd_export.accuracy.results import (
 from lpd_export.accuracy.thresholds import JUDGED, METRICS, met
 from lpd_export.files import check_writable, strict_json, write_atomically
 from lpd_export.images import Pixels, save_png
-
-REPORT, RECORD, IMAGES = "report.html", "report.json", "images"
-"""What a report's folder holds."""
 
 AMPLIFICATION = 8
 """Of the differences of images, which are else too dark to see."""
@@ -480,7 +478,7 @@ def _images(verification: Verification) -> str:
 
 
 def _against(verification: Verification) -> str:
-    if verification.against == "reference":
+    if verification.against == REFERENCE:
         return "the PyTorch reference"
     return f"the bundle {verification.against}"
 

@@ -1,207 +1,182 @@
-"""What a verification compares: opens the bundle, and what it is compared with.
+"""The two sides of a comparison: what both are asked, and what each must be able to do.
 
-Knows where the reference's weights come from, and what can run a bundle here. Does not know how
-anything is compared.
+The sides are in `reference_side` and `bundle_side`. Knows the inputs of a phase, and Polygraphy's
+form of something that can be run. Does not know what is compared, or how close it must be.
+
+Shapes: R rows of one image (conditional, then null with guidance), C context tokens, T tokens,
+Q queries, S cells, V vocabulary entries, H heads, d head width.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
-import onnxruntime
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.datatype import DataType
+from torch import Tensor
 
-from lpd_export.accuracy.implementations import BundleImplementation, Implementation, Reference
-from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, Manifest, Origin
-from lpd_export.errors import UserError
-from lpd_export.files import sha256
-from lpd_export.formats import BACKENDS
-from lpd_export.precision.portable import portable_files
+from lpd_export.graphs.contract import cache_names
 from lpd_export.progress import Report
-from lpd_export.runtime.backends import open_executor
-from lpd_export.runtime.executor import Executor
-from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-from lpd_export.runtime.pipeline import Pipeline
-from lpd_reference.checkpoint import CheckpointError, load_lpd, load_tokenizer, locate
-from lpd_reference.lpd import LPD, LPDConfig
-from lpd_reference.vq import VQConfig, VQTokenizer
+from lpd_export.runtime.generator import Dimensions
+from lpd_export.runtime.sampler import Sampling
+from lpd_export.schedule.phases import Phase, phase_table
+from lpd_export.schedule.schedule_file import Schedule
 
-REFERENCE = "reference"
-"""What a bundle is compared with unless another bundle is named."""
+Feed = Mapping[str, NDArray[Any]]
+Outputs = OrderedDict[str, NDArray[Any]]
+Inputs = Mapping[str, tuple[Any, Sequence[int | None]]]
+"""Types and shapes by name."""
 
-
-@dataclasses.dataclass(frozen=True)
-class SidesRequest:
-    """What is to be compared, and how it is run."""
-
-    bundle: Path
-    against: str = REFERENCE
-    """`reference`, or the folder of another bundle."""
-    checkpoint: str | None = None
-    tokenizer: str | None = None
-    """Instead of the files that the bundle was made from."""
-    device: str | None = None
-    threads: int | None = None
-    onnx: bool = False
-    """Run the ONNX graphs on the CPU, whatever the bundle's backend."""
+BATCH = 4
+"""Images that are drawn together."""
 
 
-class Sides(NamedTuple):
-    """Both implementations, and what must be said of them."""
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What both sides are asked to draw."""
 
-    expected: Implementation
-    actual: BundleImplementation
-    precisions: tuple[str, ...]
-    """Of the bundles; the reference is FP32."""
-    ran: str
-    """In words: what runs the bundle's graphs."""
-    remarks: list[str]
+    schedule: Schedule
+    labels: list[int]
+    """[N], class ids."""
+    order_indices: list[int]
+    """[N], the order of the schedule that each image follows."""
+    uniform: NDArray[np.float64]
+    """[N, S] in [0, 1), in generation order."""
+    sampling: Sampling
+    seed: int
+
+    @property
+    def orders(self) -> NDArray[np.int64]:
+        """[N, S], of each image."""
+        return self.schedule.orders[self.order_indices].astype(np.int64)
+
+    @property
+    def images(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return 2 if self.sampling.guided else 1
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return phase_table(self.schedule.group_sizes)
+
+    @property
+    def phase_names(self) -> list[str]:
+        """Of all phases, in the order of computation."""
+        return [*(phase.name for phase in self.phases), "detokenize", "tokenize"]
+
+    def image(self, index: int) -> Task:
+        """The same for one of the images alone."""
+        return dataclasses.replace(
+            self,
+            labels=[self.labels[index]],
+            order_indices=[self.order_indices[index]],
+            uniform=self.uniform[[index]],
+        )
 
 
-def open_sides(request: SidesRequest, bundle: Bundle, scratch: Path, report: Report) -> Sides:
-    """Both sides, loaded.
+class Drawn(NamedTuple):
+    """Images that a side drew."""
+
+    token_ids: NDArray[np.int64]
+    """[N, S], raster order."""
+    pixels: NDArray[np.uint8]
+    """[N, height, width, 3]."""
+
+
+class Side(Protocol):
+    """One of the two sides."""
+
+    @property
+    def name(self) -> str:
+        """What its runners are called."""
+
+    @property
+    def faults(self) -> Mapping[str, list[str]]:
+        """Phases whose graph fails when it is run, by the reason.
+
+        Such a phase gives NaN, or indices of -1.
+        """
+
+    @property
+    def feed_type(self) -> Any:
+        """NumPy's name for the type of its float inputs."""
+
+    def cast(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """A feed with its values as this side's float type has them."""
+
+    def draw(self, task: Task, report: Report) -> Drawn:
+        """Images of a task, drawn freely."""
+
+    def sequence_logits(self, task: Task, token_ids: NDArray[np.int64]) -> Tensor:
+        """Guided logits [N, S, V] float32 in generation order, teacher-forced with token ids.
+
+        token_ids: [N, S] int64, raster order. Every step sees the caches of the earlier ones.
+        """
+
+    def decode(self, task: Task, phase: Phase, feed: Feed) -> Outputs:
+        """What the decode graph gives for one image (`decode_inputs`), in FP32.
+
+        Beside its outputs, `guided_logits` [1, Q, V].
+        """
+
+    def detokenize(self, feed: Feed) -> Outputs:
+        """`image` [B, 3, height, width] of `indices` [B, S]."""
+
+    def tokenize(self, feed: Feed) -> Outputs:
+        """`indices` [B, S] of `image` [B, 3, height, width]."""
+
+
+class FunctionRunner(BaseRunner):
+    """A Polygraphy runner of a function from named arrays to named arrays.
 
     Args:
-        request: what to compare.
-        bundle: of the request, opened.
-        scratch: a folder for graphs that are changed so that the CPU can run them.
-        report: called with a line at the start of each stage.
-
-    Raises:
-        UserError: if one cannot be had here, or they are different models.
+        name: of the runner.
+        inputs: types and shapes; Polygraphy casts what it feeds to these.
+        function: what it runs.
     """
-    remarks: list[str] = []
-    actual, ran = open_bundle(bundle, request, scratch / "actual", report)
-    if request.against == REFERENCE:
-        reference = open_reference(request, bundle.manifest, remarks, report)
-        return Sides(reference, actual, (bundle.manifest.precision,), ran, remarks)
-    other = Bundle.open(request.against)
-    check_same_model(bundle, other)
-    expected, _ = open_bundle(other, request, scratch / "expected", report)
-    precisions = bundle.manifest.precision, other.manifest.precision
-    return Sides(expected, actual, precisions, ran, remarks)
+
+    def __init__(self, name: str, inputs: Inputs, function: Callable[[Feed], Outputs]) -> None:
+        super().__init__(name=name)
+        self._inputs = inputs
+        self._function = function
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for name, (dtype, shape) in self._inputs.items():
+            metadata.add(name, DataType.from_dtype(np.dtype(dtype)), shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: Feed) -> Outputs:
+        start = time.perf_counter()
+        outputs = self._function(feed_dict)
+        self.inference_time = time.perf_counter() - start
+        return outputs
 
 
-def check_same_model(bundle: Bundle, other: Bundle) -> None:
-    """Raises UserError unless two bundles are of one architecture."""
-    for what in ("model", "tokenizer"):
-        ours, theirs = (
-            dataclasses.asdict(getattr(each.manifest, what)) for each in (bundle, other)
-        )
-        different = [
-            f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]
-        ]
-        if different:
-            raise UserError(
-                f"{bundle.path} and {other.path} are different models: {what} with "
-                f"{', '.join(different)}"
-            )
+def cache_shape(rows: int, dimensions: Dimensions) -> tuple[int, int, int, int]:
+    """[R, H, S + 1, d], of each cache."""
+    return rows, dimensions.heads, dimensions.cells + 1, dimensions.head_dim
 
 
-def open_bundle(
-    bundle: Bundle, request: SidesRequest, scratch: Path, report: Report
-) -> tuple[BundleImplementation, str]:
-    """A bundle, and in words what runs it.
-
-    Raises:
-        UserError: if nothing here can.
-    """
-    manifest = bundle.manifest
-    report(f"loading {bundle.path}")
-    schedule = bundle.schedule()
-    executor: Executor
-    if request.onnx:
-        files, note = portable_files(bundle, scratch)
-        float_type = torch.float16 if manifest.float_type == "float16" else torch.float32
-        executor = OnnxRuntimeExecutor(files, float_type, "cpu", request.threads)
-        ran = f"its ONNX graphs on ONNX Runtime {onnxruntime.__version__}, cpu{note}"
-    else:
-        if BACKENDS[manifest.backend].compiles and not torch.cuda.is_available():
-            raise UserError(
-                f"{bundle.path} holds {manifest.backend} engines and there is no GPU to run them: "
-                "verify it on its GPU, or with --onnx the graphs that they were compiled from"
-            )
-        executor = open_executor(bundle, request.device, request.threads)
-        backend = BACKENDS[manifest.backend]
-        version = importlib.import_module(backend.module).__version__
-        ran = f"{backend.product} {version}, {executor.device.type}"
-    for graph in GRAPH_NAMES:
-        executor.load(graph)
-    return BundleImplementation(str(bundle.path), Pipeline(manifest, schedule, executor)), ran
-
-
-# -------------------------------------------------------------------------------- the reference
-
-
-def open_reference(
-    request: SidesRequest, manifest: Manifest, remarks: list[str], report: Report
-) -> Reference:
-    """The reference with the weights that a bundle was made from, or with those of the request.
-
-    Raises:
-        UserError: if the files are not there, damaged, or of another architecture.
-    """
-    report("loading the reference")
-    seed = manifest.made["random_weights_seed"]
-    config, vq_config = architecture(manifest)
-    if seed is not None and not (request.checkpoint or request.tokenizer):
-        model, vq = LPD(config).initialize(seed), VQTokenizer(vq_config).initialize(seed)
-        return Reference(model.requires_grad_(False).eval(), vq.requires_grad_(False).eval())
-    checkpoint = find_weights(
-        "--checkpoint", request.checkpoint, manifest.made["checkpoint"], remarks
-    )
-    tokenizer = find_weights("--tokenizer", request.tokenizer, manifest.made["tokenizer"], remarks)
-    try:
-        model = load_lpd(checkpoint, grid=config.grid, heads=config.heads)
-        vq = load_tokenizer(tokenizer)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    for file, ours, theirs in (
-        (checkpoint, config, model.config),
-        (tokenizer, vq_config, vq.config),
-    ):
-        check_architecture(file, dataclasses.asdict(ours), dataclasses.asdict(theirs))
-    return Reference(model, vq)
-
-
-def architecture(manifest: Manifest) -> tuple[LPDConfig, VQConfig]:
-    """The architectures that a bundle was made from."""
-    model, tokenizer = dataclasses.asdict(manifest.model), dataclasses.asdict(manifest.tokenizer)
-    fields = {field.name for field in dataclasses.fields(LPDConfig)}
-    config = LPDConfig(**{key: value for key, value in model.items() if key in fields})
-    fields = {field.name for field in dataclasses.fields(VQConfig)}
-    tokenizer["channel_multipliers"] = tuple(tokenizer["channel_multipliers"])
-    return config, VQConfig(**{key: value for key, value in tokenizer.items() if key in fields})
-
-
-def check_architecture(file: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raises UserError unless a file's architecture is the bundle's."""
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise UserError(
-                f"{file} is another model than the bundle's: its {key} is {theirs[key]}, the "
-                f"bundle's {value}"
-            )
-
-
-def find_weights(option: str, given: str | None, made: Origin | None, remarks: list[str]) -> Path:
-    """The file of weights that the user names, or else that the bundle was made from.
-
-    Raises:
-        UserError: if there is none.
-    """
-    source = given or (made["source"] if made else None)
-    if source is None:
-        raise UserError(f"the bundle has random weights of a seed: {option} must be given as well")
-    try:
-        file = locate(source)
-    except CheckpointError as error:
-        hint = "" if given else f"; it is what the bundle was made from: say with {option} where"
-        raise UserError(f"{error}{hint}") from error
-    if made is None or sha256(file) != made["sha256"]:
-        remarks.append(f"{file} is not the file that the bundle was made from: its content differs")
-    return file
+def decode_inputs(phase: Phase, rows: int, dimensions: Dimensions, float_type: Any) -> Inputs:
+    """The inputs of a decode graph in one phase."""
+    cache = (float_type, cache_shape(rows, dimensions))
+    return {
+        "token_ids": (np.int64, (rows, phase.context)),
+        "positions": (np.int64, (rows, phase.tokens)),
+        "attention_mask": (float_type, (phase.tokens, dimensions.cells + 1)),
+        "write_index": (np.int64, (rows,)),
+    } | dict.fromkeys(cache_names("past", dimensions.depth), cache)

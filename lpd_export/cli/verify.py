@@ -65,7 +65,6 @@ from lpd_export.cli.progress import stages
 @json_option
 def verify(
     bundle: Path,
-    thresholds: tuple[str, ...],
     quiet: bool,
     verbose: bool,
     as_json: bool,
@@ -88,21 +87,10 @@ def verify(
         Bundle.open(options["against"])
     with stages(quiet, verbose) as (report, _):
         report("loading torch and Polygraphy")
-        from lpd_export.accuracy.sides import SidesRequest
-        from lpd_export.accuracy.verify import VerifyRequest
+        from lpd_export.accuracy.request import VerifyRequest
         from lpd_export.accuracy.verify import verify as verify_bundle
 
-        names = ("against", "checkpoint", "tokenizer", "device", "threads", "onnx")
-        request = VerifyRequest(
-            SidesRequest(bundle, **{name: options[name] for name in names}),
-            images=options["images"],
-            seed=options["seed"],
-            thresholds=thresholds,
-            by_layer=options["by_layer"],
-            bisect=options["bisect"],
-            save_phases=options["save_phases"],
-            out=options["out"],
-        )
+        request = VerifyRequest(bundle, **options)
         verification = verify_bundle(request, report)
     if as_json:
         print_json(verification.as_json())

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,21 +48,21 @@ from lpd_export.accuracy.comparison import (
     relative_error,
     top_1_agreement,
 )
-from lpd_export.accuracy.implementations import Reference, Task, decode_inputs, past_rows
 from lpd_export.accuracy.polygraphy_files import kept_phases
-from lpd_export.accuracy.sides import SidesRequest
+from lpd_export.accuracy.reference_side import Reference, past_rows
+from lpd_export.accuracy.request import VerifyRequest, new_report
+from lpd_export.accuracy.sides import FunctionRunner, Task, cache_shape, decode_inputs
 from lpd_export.accuracy.thresholds import JUDGED, LIMITS, METRICS, REPORTED, Limits
-from lpd_export.accuracy.verify import VerifyRequest, new_report
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.graphs.contract import cache_names
+from lpd_export.runtime.generator import Dimensions
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.phases import phase_table
 from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference import LPD, VQTokenizer
-from lpd_reference.generate import guidance_scale
 from lpd_reference.lpd import LPDConfig
 from lpd_reference.vq import VQConfig
 
@@ -474,17 +475,17 @@ def run_phases(model: LPD, task: Task, token_ids: NDArray[np.int64], noise: floa
     The mask is not a number and the write index lies elsewhere: the reference must not look.
     """
     reference = Reference(model, cast(VQTokenizer, None))
-    sizes, config = reference.sizes(task), model.config
+    config = model.config
     generator = np.random.default_rng(task.seed)
-    shape = (sizes["rows"], sizes["heads"], sizes["cells"] + 1, sizes["head_dim"])
+    shape = cache_shape(task.rows, cast(Dimensions, config))
     caches = {
         name: np.float32(noise) * generator.standard_normal(shape, np.float32)
-        for name in cache_names("past", sizes["depth"])
+        for name in cache_names("past", config.depth)
     }
     order = task.orders[0]
     condition = config.vocab_size + np.array([[task.labels[0]], [config.num_classes]])
     content = np.concatenate(
-        [condition[: sizes["rows"]], np.tile(token_ids[order], (sizes["rows"], 1))], axis=1
+        [condition[: task.rows], np.tile(token_ids[order], (task.rows, 1))], axis=1
     )
     positions = np.concatenate([[0], order + 1])
     done: Feeds = []
@@ -492,15 +493,12 @@ def run_phases(model: LPD, task: Task, token_ids: NDArray[np.int64], noise: floa
         first, last = phase.write_index, phase.write_index + phase.tokens
         feed = {
             "token_ids": content[:, first : first + phase.context],
-            "positions": np.tile(positions[first:last], (sizes["rows"], 1)),
-            "attention_mask": np.full((phase.tokens, sizes["cells"] + 1), np.nan, np.float32),
-            "write_index": np.full(sizes["rows"], generator.integers(sizes["cells"])),
+            "positions": np.tile(positions[first:last], (task.rows, 1)),
+            "attention_mask": np.full((phase.tokens, config.cells + 1), np.nan, np.float32),
+            "write_index": np.full(task.rows, generator.integers(config.cells)),
             **caches,
         }
-        scale = guidance_scale(task.sampling.cfg, task.sampling.guidance, config.cells)
-        cells = slice(phase.first_cell, phase.first_cell + phase.queries)
-        given_scale = scale[cells] if task.sampling.guided else None
-        outputs = reference.decode_phase(feed, past_rows(task, phase), given_scale)
+        outputs = reference.decode(task, phase, feed)
         done.append((feed, outputs))
         caches = {name: outputs[name.replace("past", "present")] for name in caches}
     return done
@@ -583,12 +581,13 @@ def test_polygraphy_checks_what_a_runner_is_fed(golden_model: LPD) -> None:
     token_ids = np.zeros(golden_model.config.cells, np.int64)
     reference = Reference(golden_model, cast(VQTokenizer, None))
     feed, outputs = run_phases(golden_model, task, token_ids)[2]
-    with reference.decode(task, task.phases[2]) as runner:
+    phase, dimensions = task.phases[2], cast(Dimensions, golden_model.config)
+    wanted = decode_inputs(phase, task.rows, dimensions, np.float32)
+    with FunctionRunner("reference", wanted, partial(reference.decode, task, phase)) as runner:
         given_back = runner.infer(feed)
         for name, output in outputs.items():
             np.testing.assert_array_equal(given_back[name], output)
         metadata = runner.get_input_metadata(use_numpy_dtypes=False)
-        wanted = decode_inputs(task.phases[2], reference.sizes(task), np.float32)
         assert {name: tuple(entry.shape) for name, entry in metadata.items()} == {
             name: tuple(shape) for name, (_, shape) in wanted.items()
         }
@@ -716,7 +715,7 @@ def test_the_report_lies_beside_the_bundle(
         (Path("/"), Path("/-verification")),
         (tmp_path / "mine", tmp_path / "mine-verification"),
     ):
-        assert VerifyRequest(SidesRequest(bundle)).folder == folder
+        assert VerifyRequest(bundle).folder == folder
 
 
 def test_limits_of_the_user_decide(small_bundle: Path, tmp_path: Path) -> None:
@@ -1030,7 +1029,7 @@ def test_random_weights_are_drawn_again(small_bundle: Path, tmp_path: Path) -> N
         ("--device cuda --onnx", "--onnx runs the graphs on the CPU: it does not go with --device"),
         ("--save-phases phase_04", "there is no phase 'phase_04'; there are phase_00 to phase_03"),
         ("--save-phases phase_00,", "there is no phase ''"),
-        ("--bisect", "--bisect finds the layers that int8 must spare, and"),
+        ("--bisect", "--bisect finds the layers that quantization must leave out, and"),
         ("--out taken", "taken exists and is not an earlier verification's: choose another --out"),
         ("--out mine", "mine holds notes.txt, which is no part of a report: move it away, or"),
         ("--out link", "link is a symbolic link: give --out the folder that it leads to"),

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 import damage
 from commandline import answer, mistake
 from lpd_export.accuracy.report import grown_layers
+from lpd_export.accuracy.request import VerifyRequest
 from lpd_export.accuracy.results import GENERATION, SEQUENCE, Verification
-from lpd_export.accuracy.sides import REFERENCE, SidesRequest
-from lpd_export.accuracy.verify import VerifyRequest, verify
+from lpd_export.accuracy.verify import verify
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import Bundle
@@ -69,9 +69,7 @@ def bundles(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def verified(bundle: Path, out: Path, **options: Any) -> Verification:
     """What `verify` finds of a bundle."""
     settings = {"images": 1, "save_phases": "none"} | options
-    against = str(settings.pop("against", REFERENCE))
-    request = VerifyRequest(SidesRequest(bundle, against, threads=1), out=out, **settings)
-    return verify(request, lambda stage: None)
+    return verify(VerifyRequest(bundle, threads=1, out=out, **settings), lambda stage: None)
 
 
 def first_failure(verification: Verification) -> First:
@@ -241,7 +239,7 @@ def test_a_tokenizer_that_fails_draws_images_all_the_same(
     bad = damage.damaged(good, tmp_path / "bad", breaks_at_run("tokenize"))
     cause = f"cannot run {bad / 'onnx/tokenize.onnx'}: "
     for bundle, other in ((bad, good), (good, bad), (bad, bad)):
-        found = verified(bundle, tmp_path / "report", against=other)
+        found = verified(bundle, tmp_path / "report", against=str(other))
         assert first_failure(found) == ("tokenize", "indices", "index_agreement")
         assert failed_phases(found) == {"tokenize"}
         assert len(found.pairs) == 1
@@ -295,7 +293,7 @@ def test_a_mistake_in_the_code_is_no_verdict(
     def mistaken(*arguments: object) -> None:
         raise TypeError("a mistake in the code")
 
-    monkeypatch.setattr("lpd_export.accuracy.implementations.guide", mistaken)
+    monkeypatch.setattr("lpd_export.accuracy.bundle_side.guide", mistaken)
     with pytest.raises(TypeError, match="a mistake in the code"):
         verified(bundles("fp32"), tmp_path / "report")
     assert not (tmp_path / "report").exists()
@@ -386,7 +384,7 @@ def test_a_wrong_mask_wherever_it_is_used(
 def test_guidance_applied_twice(
     bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtime.generator", "runtime.teacher_forcing", "accuracy.implementations"):
+    for module in ("runtime.generator", "runtime.teacher_forcing", "accuracy.bundle_side"):
         monkeypatch.setattr(f"lpd_export.{module}.guide", guide_twice)
     found = verified(bundles("fp32"), tmp_path / "report")
     # Linear guidance is 1 for the first cell, the only one of phase_00: twice is once.

@@ -21,7 +21,7 @@ from PIL import Image
 import lpd_export.build.build
 import lpd_export.build.settings
 from commandline import Answer, answer, end, entries, mistake, sentence, start, wait_for
-from lpd_export.accuracy.sides import find_weights
+from lpd_export.accuracy.reference_side import find_weights
 from lpd_export.build.build import build
 from lpd_export.build.published import PublishedSettings
 from lpd_export.build.request import BuildRequest
@@ -171,7 +171,7 @@ def test_what_res_alone_means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 FIND_AGAIN = """
 import json, sys
-from lpd_export.accuracy.sides import find_weights
+from lpd_export.accuracy.reference_side import find_weights
 from lpd_export.build.build import describe_making
 from lpd_export.build.request import BuildRequest
 from lpd_export.build.settings import load

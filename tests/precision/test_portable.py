@@ -20,8 +20,8 @@ import damage
 import golden
 import lpd_export.build.build
 from commandline import answer, entries
+from lpd_export.accuracy.bundle_side import round_to_bf16 as rounded
 from lpd_export.accuracy.comparison import relative_error
-from lpd_export.accuracy.implementations import round_to_bf16 as rounded
 from lpd_export.accuracy.thresholds import LIMITS
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.errors import UserError

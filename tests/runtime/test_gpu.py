@@ -20,8 +20,8 @@ import torch
 
 from conftest import save_small_weights
 from lpd_export import Pipeline, UserError
-from lpd_export.accuracy.sides import SidesRequest
-from lpd_export.accuracy.verify import VerifyRequest, verify
+from lpd_export.accuracy.request import VerifyRequest
+from lpd_export.accuracy.verify import verify
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import Bundle
@@ -114,7 +114,7 @@ def assert_same(images: list[GeneratedImage], others: list[GeneratedImage]) -> N
 
 
 def test_engines_are_still_the_model(bundle: Path, tmp_path: Path) -> None:
-    request = VerifyRequest(SidesRequest(bundle), images=2, out=tmp_path / "report")
+    request = VerifyRequest(bundle, images=2, out=tmp_path / "report")
     verification = verify(request, lambda stage: None)
     assert verification.failures == []
     assert "cuda" in verification.ran
