@@ -14,21 +14,20 @@ choice never changes.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `training` is not installed
 
 import click
 from PIL import Image
@@ -37,6 +36,7 @@ from rich.table import Table
 
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, uninterrupted
+from training import npm
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -47,8 +47,6 @@ VALIDATION_BELOW = 13
 VALIDATION_AT_LEAST = 2
 """Emoji of each class that are for validation in any case, those of lowest hash."""
 CLASSES_FILE, LICENCES_FILE = "classes.json", "licences.md"
-DEFAULT_REGISTRY = "https://registry.npmjs.org"
-DOWNLOAD_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,12 @@ class Package:
         return f"emoji-datasource-{self.artist}"
 
     @property
+    def published(self) -> npm.Package:
+        return npm.Package(self.name, self.version, self.integrity)
+
+    @property
     def tarball(self) -> str:
-        return f"{self.name}-{self.version}.tgz"
+        return self.published.tarball
 
 
 PACKAGES = (
@@ -261,10 +263,10 @@ def prepare(out: Path, tarballs: Path | None, console: Console) -> Counter[tuple
             for package in PACKAGES:
                 if tarballs is None:
                     console.print(f"fetching {package.tarball}")
-                    paths.append(fetch(package, Path(scratch)))
+                    paths.append(npm.fetch(package.published, Path(scratch)))
                 else:
                     paths.append(tarballs / package.tarball)
-                check_integrity(package, paths[-1])
+                npm.check_integrity(package.published, paths[-1])
             shutil.rmtree(partial, ignore_errors=True)
             for split in SPLITS:
                 for class_name in CLASSES:
@@ -290,63 +292,6 @@ def prepare(out: Path, tarballs: Path | None, console: Console) -> Counter[tuple
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
     return counts
-
-
-# -------------------------------------------------------------------------------- the packages
-
-
-def fetch(package: Package, folder: Path) -> Path:
-    """The package's tarball, downloaded into `folder`."""
-    npm = shutil.which("npm")
-    if npm is None:
-        return download(package, folder)
-    # npm knows the user's registry, proxy and login.
-    command = [npm, "pack", f"{package.name}@{package.version}", "--pack-destination", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        words = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
-        reason = words[0].removeprefix("npm error ") if words else f"exit code {done.returncode}"
-        raise UserError(f"cannot fetch {package.tarball} with npm ({reason}); {BY_HAND}")
-    return folder / package.tarball
-
-
-BY_HAND = "fetch it on another machine and give its folder as --tarballs"
-
-
-def download(package: Package, folder: Path) -> Path:
-    """The package's tarball from the registry of the environment, or npm's default one."""
-    # npm takes its variables in either case.
-    environment = {name.upper(): value for name, value in os.environ.items()}
-    registry = (environment.get("NPM_CONFIG_REGISTRY") or DEFAULT_REGISTRY).rstrip("/")
-    address = f"{registry}/{package.name}/-/{package.tarball}"
-    path = folder / package.tarball
-    try:
-        with (
-            urllib.request.urlopen(address, timeout=DOWNLOAD_SECONDS) as answer,
-            open(path, "wb") as file,
-        ):
-            shutil.copyfileobj(answer, file)
-    # Addresses that are none are a ValueError, a connection that breaks an HTTPException.
-    except Exception as error:
-        raise UserError(f"cannot fetch {address} ({error}); {BY_HAND}") from error
-    return path
-
-
-def check_integrity(package: Package, path: Path) -> None:
-    """Raises UserError unless the tarball is the one this script was written for."""
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha512").digest()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; leave --tarballs out to download it"
-        ) from error
-    integrity = "sha512-" + base64.b64encode(digest).decode()
-    if integrity != package.integrity:
-        raise UserError(
-            f"{path} is not the published {package.name} {package.version}: its hash is "
-            f"{integrity[:20]}..., not {package.integrity[:20]}...; fetch it again"
-        )
 
 
 # ---------------------------------------------------------------------------------- the images

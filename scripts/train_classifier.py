@@ -107,9 +107,10 @@ class ClassifierTask:
         """Augmented images [B, 3, H, H] and their labels [B]."""
         recipe = self.recipe
         places = batch_of_step(step, recipe.batch_size, self.weights, recipe.seed)
+        pixels, labels = self.images.pixels[places], self.images.labels[places]
         generator = seeded(recipe.seed, AUGMENTATION, step)
-        images = augment(self.images.pixels[places], generator)
-        return {"images": images, "labels": self.images.labels[places]}
+        images = augment(pixels, generator, self.images.may_mirror(labels))
+        return {"images": images, "labels": labels}
 
     def loss(self, step: int, part: Batch) -> Outcome:
         """Cross-entropy with smoothed labels."""

@@ -4,9 +4,9 @@
     python scripts/train_lpd.py data/lpd-emoji --export lpd.safetensors
 
 The images are those that scripts/train_tokenizer.py takes, the tokenizer is what its --export
-writes. The run's folder holds a checkpoint, a
-log of JSON lines and a sheet of samples. With --export nothing is trained: the weight average of
-the last checkpoint is written in the released format.
+writes. The run's folder holds a checkpoint, a log of JSON lines and a sheet of samples. The run
+ends when its loss on validation images no longer falls. With --export nothing is trained: the
+weight average of the lowest such loss is written in the released format.
 """
 
 from __future__ import annotations
@@ -57,17 +57,18 @@ SHEET_SEED = 0
 @run_options("runs/lpd-emoji/lpd")
 @export_option
 @recipe_options(
-    steps=9000,
+    steps=40000,
     steps_help="More than before extend a run.",
     batch_size=16,
     learning_rate=1e-3,
-    warmup_steps=200,
-    stable=0.7,
+    warmup_steps=400,
+    stable=0.9,
+    patience=6,
     weight_decay=0.05,
     average_decay=0.999,
 )
 @click.option("--dim", default=256, show_default=True)
-@click.option("--depth", default=8, show_default=True)
+@click.option("--depth", default=9, show_default=True)
 @click.option("--heads", default=4, show_default=True)
 @click.option(
     "--dropout",
@@ -91,11 +92,11 @@ SHEET_SEED = 0
     help="Share of the samples that get the null condition.",
 )
 @click.option(
-    "--augment-until",
+    "--locality-share",
     type=click.FloatRange(0, 1),
-    default=0.7,
+    default=0.5,
     show_default=True,
-    help="Share of the steps whose images are augmented; later ones see them as they are.",
+    help="Share of the samples whose order is locality-aware; the others' is random.",
 )
 @click.option(
     "--schedules",
@@ -114,7 +115,7 @@ def main(
     dropout: float,
     balance: float,
     null_share: float,
-    augment_until: float,
+    locality_share: float,
     schedules: str,
     cfg: float,
 ) -> None:
@@ -149,7 +150,7 @@ def main(
         balance=balance,
         null_share=null_share,
         dropout=dropout,
-        augment_until=augment_until,
+        locality_share=locality_share,
     )
 
     def preview(step: int, model: nn.Module) -> None:

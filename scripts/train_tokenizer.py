@@ -4,7 +4,8 @@
     python scripts/train_tokenizer.py data/lpd-emoji --export tokenizer.safetensors
 
 The images are `<folder>/train/<class>/<file>.png` and `<folder>/validation/...`, all of one size,
-with the class names in `<folder>/classes.json`. The run's folder holds a checkpoint, a log of JSON
+with the class names in `<folder>/classes.json`; those of `<folder>/unsorted/`, of no class, are
+trained on as well. The run's folder holds a checkpoint, a log of JSON
 lines and a sheet of reconstructions. With --export nothing is trained: the weight average of the
 last checkpoint is written in the released format.
 """
@@ -12,6 +13,7 @@ last checkpoint is written in the released format.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `training` is not installed
@@ -34,7 +36,7 @@ from training.command import (
     tell_finished,
     training_command,
 )
-from training.data import ImageSet, TrainingError, load_image_set, to_signed
+from training.data import ImageSet, TrainingError, load_image_set, load_unsorted, to_signed
 from training.loop import open_device
 from training.tokenizer import TokenizerTask, psnr, reconstruct
 
@@ -85,7 +87,7 @@ def main(
         codebook_size=codebook_size,
     )
     recipe = options.recipe(betas=(0.9, 0.99))
-    training = load_image_set(options.images, "train")
+    training = with_unsorted(load_image_set(options.images, "train"), options.images)
     validation = load_image_set(options.images, "validation")
     task = TokenizerTask(
         config,
@@ -101,6 +103,24 @@ def main(
         write_sheet(model, validation, options.folder / "reconstructions.png")
 
     tell_finished(run_training(options, task, recipe, training, validation, preview))
+
+
+def with_unsorted(images: ImageSet, folder: Path) -> ImageSet:
+    """These images and those of no class, which a tokenizer learns from as well."""
+    unsorted = load_unsorted(folder)
+    if unsorted is None:
+        return images
+    if unsorted.shape[1:] != images.pixels.shape[1:]:
+        raise TrainingError(
+            f"{folder / 'unsorted'} holds images of {unsorted.shape[1]} pixels, where the classes' "
+            f"are {images.resolution}: give all the same size"
+        )
+    return replace(
+        images,
+        pixels=torch.cat([images.pixels, unsorted]),
+        # Their class is never asked for.
+        labels=torch.cat([images.labels, torch.zeros(len(unsorted), dtype=torch.int64)]),
+    )
 
 
 def read_multipliers(text: str) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ from training.loop import (
     TrainingStopped,
     config_of,
     export_average,
-    read_checkpoint,
+    read_best,
     train,
 )
 
@@ -66,6 +66,7 @@ class TrainingOptions:
     weight_decay: float
     average_decay: float
     stable: float = Recipe.stable
+    patience: int | None = Recipe.patience
     export_path: Path | None = None
     """Where weights are to be written, with no training."""
     precision: Precision = Recipe.precision
@@ -97,6 +98,7 @@ class TrainingOptions:
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
             stable=self.stable,
+            patience=self.patience,
             weight_decay=self.weight_decay,
             betas=betas,
             average_decay=self.average_decay,
@@ -177,9 +179,13 @@ def recipe_options(
     weight_decay: float,
     average_decay: float,
     stable: float | None = None,
+    patience: int | None = None,
     steps_help: str | None = None,
 ) -> Callable[[F], F]:
-    """How the task is optimized, with these defaults; --stable is there only if it has one."""
+    """How the task is optimized, with these defaults.
+
+    --stable and --patience are there only if they have one.
+    """
     stable_option = click.option(
         "--stable",
         type=float,
@@ -187,12 +193,20 @@ def recipe_options(
         show_default=True,
         help="Share of the steps at the full rate, before it falls.",
     )
+    patience_option = click.option(
+        "--patience",
+        type=click.IntRange(min=1),
+        default=patience,
+        show_default=True,
+        help="Validations without a lower loss after which the rate falls and the run ends.",
+    )
     return in_order(
         click.option("--steps", default=steps, show_default=True, help=steps_help),
         click.option("--batch-size", default=batch_size, show_default=True),
         click.option("--learning-rate", type=float, default=learning_rate, show_default=True),
         click.option("--warmup-steps", default=warmup_steps, show_default=True),
         *([stable_option] if stable is not None else []),
+        *([patience_option] if patience is not None else []),
         click.option("--weight-decay", type=float, default=weight_decay, show_default=True),
         click.option("--average-decay", type=float, default=average_decay, show_default=True),
     )
@@ -280,7 +294,7 @@ def export_run(
     new_model: Callable[[C], nn.Module],
     config: Callable[..., C],
 ) -> None:
-    """Writes the weight average of a run's last checkpoint in the released format.
+    """Writes a run's weight average in the released format: the best, or the last.
 
     Args:
         options: say whose weights they are and which images they were trained on.
@@ -292,7 +306,7 @@ def export_run(
         TrainingError: if there is no checkpoint, it is damaged or one of another model, or the
             file cannot be written.
     """
-    checkpoint = read_checkpoint(options.folder)
+    checkpoint = read_best(options.folder)
     model = new_model(config_of(checkpoint, config))
     assert checkpoint is not None  # config_of has seen to it
     export_average(model, checkpoint, path, {"dataset": options.images.name})

@@ -39,6 +39,8 @@ class ImageSet:
     labels: Tensor
     """[N] int64 class ids."""
     class_names: tuple[str, ...]
+    mirrored: tuple[str, ...] = ()
+    """Classes whose images mean the same when they are mirrored."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -52,20 +54,28 @@ class ImageSet:
         """16 hexadecimal digits that tell this set from any other."""
         content = hashlib.sha256(self.pixels.numpy().tobytes())
         content.update(self.labels.numpy().tobytes())
-        content.update(json.dumps(self.class_names).encode())
+        content.update(json.dumps([self.class_names, self.mirrored]).encode())
         return content.hexdigest()[:16]
+
+    def may_mirror(self, labels: Tensor) -> Tensor:
+        """Which images of these labels may be mirrored: bool, of the same shape."""
+        allowed = torch.tensor([name in self.mirrored for name in self.class_names])
+        return allowed[labels]
 
 
 def load_image_set(folder: Path, split: str) -> ImageSet:
     """The images of `<folder>/<split>/<class-name>/`, sorted by path, composed on white.
 
-    Class ids are places in `<folder>/classes.json`, a JSON list of names.
+    Class ids are places in `<folder>/classes.json`, a JSON list of names; `mirrored.json`, if there
+    is one, lists those whose images may be mirrored.
 
     Raises:
         TrainingError: if the folder or the list is missing or damaged, a class folder is not in
             the list, an image cannot be read, or images differ in size or are not square.
     """
     class_names = read_class_names(folder / "classes.json")
+    mirrored_file = folder / "mirrored.json"
+    mirrored = read_class_names(mirrored_file) if mirrored_file.exists() else []
     split_folder = folder / split
     if not split_folder.is_dir():
         raise TrainingError(f"there is no folder {split_folder}: put one folder a class into it")
@@ -94,7 +104,24 @@ def load_image_set(folder: Path, split: str) -> ImageSet:
             f"{split_folder} holds no images: put {', '.join(IMAGE_SUFFIXES)} files into one "
             "folder a class"
         )
-    return ImageSet(torch.from_numpy(np.stack(pixels)), torch.tensor(labels), tuple(class_names))
+    return ImageSet(
+        torch.from_numpy(np.stack(pixels)),
+        torch.tensor(labels),
+        tuple(class_names),
+        tuple(mirrored),
+    )
+
+
+def load_unsorted(folder: Path) -> Tensor | None:
+    """The images of `<folder>/unsorted/`, which are of no class: [N, H, H, 3] uint8; None if none.
+
+    Raises:
+        TrainingError: if an image cannot be read or is not square.
+    """
+    paths = sorted(
+        path for path in (folder / "unsorted").glob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+    )
+    return torch.from_numpy(np.stack([read_image(path) for path in paths])) if paths else None
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -176,14 +203,18 @@ def to_signed(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, generator: torch.Generator, may_mirror: Tensor) -> Tensor:
     """Model input [B, 3, H, W] of pixels [B, H, W, 3] uint8, each a little changed.
 
-    Moves up to 1/16 of the side by whole pixels, with white coming in; for half of the images a
-    zoom of 0.9 to 1.1; small changes of hue, saturation and gamma, which leave white white. Nothing
-    is mirrored or turned: that would change what some images mean.
+    Mirrors half of the images that may be, [B] bool, left to right. Moves up to 1/16 of the side by
+    whole pixels, with white coming in; for half of the images a zoom of 0.9 to 1.1; small changes
+    of hue, saturation and gamma, which leave white white. Nothing is turned: that would change what
+    some images mean.
     """
-    return shift_and_zoom(jitter_colours(to_signed(pixels), generator), generator)
+    images = to_signed(pixels)
+    mirrored = may_mirror & (torch.rand(len(pixels), generator=generator) < 0.5)
+    images[mirrored] = images[mirrored].flip(-1)
+    return shift_and_zoom(jitter_colours(images, generator), generator)
 
 
 def jitter_colours(images: Tensor, generator: torch.Generator) -> Tensor:

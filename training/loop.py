@@ -3,8 +3,9 @@
 Knows the loop: learning rate, AdamW, weight averaging, checkpoints, the log and the signals. What
 is trained, on which loss, is a `Task`: `training.tokenizer` and `training.lpd`.
 
-A run is a folder: `checkpoint.pt` (weights, their average, optimizer, step, settings), and
-`log.jsonl` (a JSON object a line). All that is random in step n follows from the seed and n, so a
+A run is a folder: `checkpoint.pt` (weights, their average, optimizer, step, settings), `log.jsonl`
+(a JSON object a line) and, where a run ends when it no longer gets better, `best.pt` (the average
+of the lowest validation loss). All that is random in step n follows from the seed and n, so a
 checkpoint needs no generator's state, and a resumed run takes the very steps that an uninterrupted
 one takes.
 """
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -43,17 +44,10 @@ Precision = Literal["fp32", "bf16"]
 Figures = dict[str, float]
 """Measured numbers by name, as the log holds them."""
 
-CHECKPOINT = "checkpoint.pt"
-CHECKPOINT_KEYS = (
-    "settings",
-    "step",
-    "seconds",
-    "figures",
-    "model",
-    "average",
-    "optimizer",
-    "task",
-)
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+BEST_KEYS = ("settings", "step", "figures", "average")
+"""What a file of weights to export holds; a checkpoint holds it as well."""
+CHECKPOINT_KEYS = (*BEST_KEYS, "seconds", "model", "optimizer", "task", "early")
 LOG = "log.jsonl"
 LOCK = ".lock"
 
@@ -125,6 +119,9 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     """The gradient's norm is scaled down to this."""
+    patience: int | None = None
+    """Validations without a lower loss after which the rate falls, sooner than `stable` says; the
+    run ends with that, and what is exported are the weights of the lowest loss. None: never."""
     average_decay: float = 0.999
     """Of the exponential moving average of the weights, which is what is exported."""
     precision: Precision = "bf16"
@@ -143,20 +140,48 @@ class Recipe:
         if not 0 <= self.stable <= 1:
             raise TrainingError(f"--stable must be between 0 and 1, not {self.stable:g}")
 
+    @property
+    def decay_steps(self) -> int:
+        """The steps at the end in which the rate falls."""
+        after_warmup = self.steps - self.warmup_steps
+        return max(after_warmup - round(self.stable * after_warmup), 1)
+
 
 def option(setting: str) -> str:
     """A setting as the command line spells it."""
     return "--" + setting.replace("_", "-")
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """The rate of step `step` (from 0): linear warm-up, a stable phase if any, cosine to 1 %."""
+def learning_rate(step: int, recipe: Recipe, end: int | None = None) -> float:
+    """The rate of step `step` (from 0): linear warm-up, a stable phase if any, cosine to 1 %.
+
+    end: the number of steps of a run that ends early.
+    """
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    after_warmup = recipe.steps - recipe.warmup_steps
-    decay_steps = after_warmup - round(recipe.stable * after_warmup)
-    left = min(1.0, (recipe.steps - step) / max(decay_steps, 1))
+    left = min(1.0, ((end or recipe.steps) - step) / recipe.decay_steps)
     return recipe.learning_rate * (0.01 + 0.99 * (1 - math.cos(math.pi * left)) / 2)
+
+
+@dataclass
+class EarlyEnd:
+    """What is known of when a run ends that goes on only while its validation loss falls."""
+
+    lowest: float = math.inf
+    waited: int = 0
+    """Validations since the lowest loss."""
+    end: int | None = None
+    """The number of steps, once it is known that the run ends early."""
+
+    def see(self, step: int, loss: float, recipe: Recipe) -> bool:
+        """Takes note of the validation loss after `step` steps; whether it is the lowest."""
+        better = loss < self.lowest
+        self.lowest, self.waited = min(loss, self.lowest), 0 if better else self.waited + 1
+        end = step + recipe.decay_steps
+        patient = recipe.patience is None or self.waited < recipe.patience
+        if self.end is None and not patient and end < recipe.steps:
+            self.end = end
+        return better
 
 
 def open_device(name: str) -> torch.device:
@@ -270,11 +295,11 @@ class RunFolder:
         finally:
             self.lock.release()
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """Writes the checkpoint whole or not at all."""
+    def save(self, checkpoint: dict[str, Any], name: str = CHECKPOINT) -> None:
+        """Writes a checkpoint whole or not at all."""
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        write_whole(self.path / CHECKPOINT, content.getbuffer())
+        write_whole(self.path / name, content.getbuffer())
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Adds a line to the log."""
@@ -303,12 +328,24 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     Raises:
         TrainingError: if the file is damaged or is not a run's checkpoint.
     """
-    path = folder / CHECKPOINT
+    return read_saved(folder / CHECKPOINT, CHECKPOINT_KEYS)
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """What a run's folder has to export: of the lowest validation loss, if the run looks for that.
+
+    Raises:
+        TrainingError: if a file is damaged or is not a run's.
+    """
+    return read_saved(folder / BEST, BEST_KEYS) or read_saved(folder / CHECKPOINT, BEST_KEYS)
+
+
+def read_saved(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in CHECKPOINT_KEYS}
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: saved[name] for name in keys}
     except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
         raise TrainingError(
             f"{path} is damaged or is not the checkpoint of a run: take it away to start anew"
@@ -402,6 +439,7 @@ def train(
         optimizer = new_optimizer(task.model, recipe)
         average = new_average(task.model, recipe.average_decay)
         step, seconds = 0, 0.0
+        early = EarlyEnd()
         checkpoint = read_checkpoint(folder)
         if checkpoint is not None:
             check_same_settings(folder, checkpoint["settings"], settings)
@@ -410,6 +448,7 @@ def train(
             optimizer.load_state_dict(checkpoint["optimizer"])
             task.load_state(checkpoint["task"])
             step, seconds = checkpoint["step"], checkpoint["seconds"]
+            early = EarlyEnd(**checkpoint["early"])
             if step > recipe.steps:
                 raise TrainingError(
                     f"the run in {folder} has taken {step} steps already: give --steps {step} or "
@@ -420,21 +459,23 @@ def train(
         figures: Figures = dict(checkpoint["figures"]) if checkpoint is not None else {}
         sums, started, saved = Sums(), time.monotonic(), time.monotonic()
 
-        def save() -> None:
-            run.save(
-                {
-                    "settings": settings,
-                    "step": step,
-                    "seconds": seconds,
-                    "figures": figures,
-                    "model": task.model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "task": task.state(),
-                }
-            )
+        def of_average() -> dict[str, Any]:
+            state = average.state_dict()
+            return {"settings": settings, "step": step, "figures": figures, "average": state}
 
-        while step < recipe.steps:
+        def save() -> None:
+            rest = {
+                "seconds": seconds,
+                "model": task.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "task": task.state(),
+                "early": asdict(early),
+            }
+            run.save(of_average() | rest)
+
+        while step < (early.end or recipe.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe, early.end)
             of_step = update(task, recipe, step, optimizer, average, pool, workers)
             step += 1
             if not math.isfinite(of_step["loss"]):
@@ -446,18 +487,22 @@ def train(
             now = time.monotonic()
             seconds, started = seconds + now - started, now
             show(step, figures)
-            last = step == recipe.steps
+            last = step == (early.end or recipe.steps)
             due = last or step % validate_every == 0
             if due or step % log_every == 0:
                 figures = {
                     "step": step,
                     "seconds": round(seconds, 1),
-                    "learning_rate": learning_rate(step - 1, recipe),
+                    "learning_rate": optimizer.param_groups[0]["lr"],
                     "images_per_second": round(sums.count * recipe.batch_size / sums.seconds(), 2),
                     **{name: round(mean, 5) for name, mean in sums.means().items()},
                 }
                 if due:
                     figures |= task.validate(average.module)
+                    if recipe.patience is not None and early.see(
+                        step, figures["validation_loss"], recipe
+                    ):
+                        run.save(of_average(), BEST)
                 run.log(figures)
                 if due and preview is not None:
                     preview(step, average.module)
@@ -467,8 +512,8 @@ def train(
                 saved = time.monotonic()
             if stop.is_set() and not last:
                 raise TrainingStopped(
-                    f"stopped after {step} of {recipe.steps} steps; the checkpoint is in {folder}, "
-                    "and the same command goes on from it"
+                    f"stopped after {step} of {early.end or recipe.steps} steps; the checkpoint "
+                    f"is in {folder}, and the same command goes on from it"
                 )
     return figures
 
@@ -483,8 +528,6 @@ def update(
     workers: int,
 ) -> Figures:
     """Takes one step of training: gradient, clipping, AdamW, weight average."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, recipe)
     weights = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
 
     def gradients(part: Batch) -> tuple[Outcome, tuple[Tensor | None, ...]]:
@@ -625,7 +668,7 @@ def export_average(
 
     Args:
         model: of the run's architecture; it is given the averaged weights.
-        checkpoint: what `read_checkpoint` returned.
+        checkpoint: what `read_best` returned.
         path: the file; a `.safetensors` name is what `lpd_reference.checkpoint` reads as such.
         metadata: more to be said in the file's header, beside step and figures.
 

@@ -1,8 +1,8 @@
 """Training of the LPD transformer on images as a trained tokenizer sees them.
 
-Knows the teacher-forced loss (paper section 3.1) and how a batch is drawn: augmented images,
-random orders, one list of group sizes, conditions replaced by the null condition. What is common
-to all training is in `training.loop`.
+Knows the teacher-forced loss (paper section 3.1) and how a batch is drawn: augmented images, random
+and locality-aware orders, one list of group sizes, conditions replaced by the null condition. What
+is common to all training is in `training.loop`.
 
 `query_features` computes what `LPD.forward` computes, faster where gradients are wanted: attention
 skips most of what the mask hides, and the last block skips the context, which nothing reads there.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lpd_export.schedule.schedule import make_orders
 from lpd_reference.lpd import LPD, Block, LPDConfig, teacher_forcing_mask
 from lpd_reference.vq import VQTokenizer
 from training.data import (
@@ -241,7 +242,7 @@ class LPDTask:
         balance: float = 0.0,
         null_share: float = 0.1,
         dropout: float = 0.1,
-        augment_until: float = 1.0,
+        locality_share: float = 0.5,
     ) -> None:
         """Raises TrainingError if an image has not as many tokens as the model's grid has cells.
 
@@ -252,8 +253,8 @@ class LPDTask:
             balance: from 0, every image is drawn as often, to 1, every class is.
             null_share: probability that a sample's condition is replaced by the null condition.
             dropout: share of the channels of what each block adds that is dropped.
-            augment_until: share of the steps whose images are augmented. Later ones see the images
-                as they are, so that what is learnt last is what is to be drawn.
+            locality_share: probability that a sample's order is locality-aware, grown for the
+                batch's group sizes; else it is uniformly random.
         """
         grid = images.resolution // tokenizer.config.stride
         cells = grid * grid
@@ -269,7 +270,7 @@ class LPDTask:
         self.group_sizes = {steps: list(sizes) for steps, sizes in group_sizes.items()}
         self.group_weights = dict(group_weights)
         self.balance, self.null_share, self.dropout = balance, null_share, dropout
-        self.augment_until = augment_until
+        self.locality_share = locality_share
         self.weights = class_weights(images.labels, balance)
         self.validation_steps = max(self.group_weights, key=lambda steps: group_weights[steps])
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
@@ -286,7 +287,7 @@ class LPDTask:
             "balance": self.balance,
             "null_share": self.null_share,
             "dropout": self.dropout,
-            "augment_until": self.augment_until,
+            "locality_share": self.locality_share,
             "images_digest": self.images.digest(),
             "tokenizer_digest": tokenizer_digest(self.tokenizer),
         }
@@ -315,10 +316,16 @@ class LPDTask:
         generator = seeded(self.recipe.seed, _CONDITION, step)
         return torch.rand(self.recipe.batch_size, generator=generator) < self.null_share
 
-    def draw_orders(self, count: int, *words: int) -> Tensor:
-        """Uniformly random orders [count, S] int64."""
+    def draw_orders(self, count: int, sizes: Sequence[int], *words: int) -> Tensor:
+        """Orders [count, S] int64, each random or locality-aware for these group sizes."""
         generator = seeded(self.recipe.seed, *words)
-        return torch.rand(count, self.config.cells, generator=generator).argsort(dim=1)
+        orders = torch.rand(count, self.config.cells, generator=generator).argsort(dim=1)
+        local = torch.rand(count, generator=generator) < self.locality_share
+        if wanted := int(local.sum()):
+            seed = int(torch.randint(2**31, (1,), generator=generator))
+            grown = make_orders(self.config.grid, list(sizes), "locality", wanted, seed)
+            orders[local] = torch.from_numpy(grown).long()
+        return orders
 
     def draw_kept_channels(self, count: int, *words: int) -> Tensor:
         """What the channels of each block's two branches are multiplied by: [count, 2 * depth, D].
@@ -333,16 +340,14 @@ class LPDTask:
         """Images, labels, orders, who gets the null condition, the dropped channels."""
         recipe = self.recipe
         places = batch_of_step(step, recipe.batch_size, self.weights, recipe.seed)
-        pixels = self.images.pixels[places]
-        augmented = step < self.augment_until * recipe.steps
+        labels = self.images.labels[places]
+        generator = seeded(recipe.seed, _AUGMENTATION, step)
+        may_mirror = self.images.may_mirror(labels)
+        sizes = self.group_sizes[self.draw_steps(step)]
         batch = {
-            "images": (
-                augment(pixels, seeded(recipe.seed, _AUGMENTATION, step))
-                if augmented
-                else to_signed(pixels)
-            ),
-            "labels": self.images.labels[places],
-            "orders": self.draw_orders(len(places), _ORDERS, step),
+            "images": augment(self.images.pixels[places], generator, may_mirror),
+            "labels": labels,
+            "orders": self.draw_orders(len(places), sizes, _ORDERS, step),
             "nulls": self.draw_nulls(step),
         }
         if self.dropout:
@@ -377,9 +382,13 @@ class LPDTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> Figures:
-        """Mean cross-entropy in nats a token on validation images, orders always the same."""
+        """Mean cross-entropy in nats a token on validation images, in the orders of training.
+
+        The orders are the same at every validation.
+        """
         network = cast(LPD, model).eval()
-        orders = self.draw_orders(len(self.validation), _VALIDATION).to(self.device)
+        sizes = self.group_sizes[self.validation_steps]
+        orders = self.draw_orders(len(self.validation), sizes, _VALIDATION).to(self.device)
         layout = self.layouts[self.validation_steps]
         total = 0.0
         for places in torch.arange(len(self.validation)).split(VALIDATION_BATCH):

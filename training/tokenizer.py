@@ -95,7 +95,9 @@ class TokenizerTask:
         recipe = self.recipe
         places = batch_of_step(step, recipe.batch_size, self.weights, recipe.seed)
         generator = seeded(recipe.seed, _AUGMENTATION, step)
-        return {"images": augment(self.images.pixels[places], generator)}
+        # To give an image back is the same task for its mirror image.
+        every = torch.ones(len(places), dtype=torch.bool)
+        return {"images": augment(self.images.pixels[places], generator, every)}
 
     def loss(self, step: int, part: Batch) -> Outcome:
         """L1 + L2 + edges of the reconstruction, the codebook's and the commitment's distance."""

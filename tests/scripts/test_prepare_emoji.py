@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lpd_export.errors import UserError
+from training.npm import download
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_emoji.py"
 RED = (214, 30, 84, 255)
@@ -353,7 +354,7 @@ def test_download_from_the_registry_of_the_environment(
         assert list(out.glob("train/heart/*.png"))
         (registry / script.PACKAGES[0].name / "-" / script.PACKAGES[0].tarball).unlink()
         with pytest.raises(UserError, match=r"cannot fetch .*404.*--tarballs"):
-            script.download(script.PACKAGES[0], tmp_path)
+            download(script.PACKAGES[0].published, tmp_path)
         server.shutdown()
 
 

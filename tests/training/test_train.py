@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from lpd_export.schedule.phases import group_sizes
 from lpd_reference import LPDConfig, VQConfig, VQTokenizer, load_lpd, load_tokenizer
@@ -43,6 +45,7 @@ from training.loop import (
     config_of,
     export_average,
     learning_rate,
+    read_best,
     read_checkpoint,
     train,
 )
@@ -184,33 +187,32 @@ def test_transparent_pixels_become_white(tmp_path: Path) -> None:
 
 
 def test_augmentation_follows_from_the_seed_and_keeps_white(images: ImageSet) -> None:
-    first, again = (augment(images.pixels, seeded(3)) for _ in range(2))
+    mirror = images.may_mirror(images.labels)
+    first, again = (augment(images.pixels, seeded(3), mirror) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, augment(images.pixels, seeded(4)))
+    assert not torch.equal(first, augment(images.pixels, seeded(4), mirror))
     assert first.shape == (8, 3, 16, 16)
     assert float(first.min()) >= -1
     white = torch.full((8, 16, 16, 3), 255, dtype=torch.uint8)
-    torch.testing.assert_close(augment(white, seeded(5)), torch.ones(8, 3, 16, 16))
+    torch.testing.assert_close(augment(white, seeded(5), ~mirror), torch.ones(8, 3, 16, 16))
     # Small: the corner stays white, and something of the shape stays in the middle.
     assert float(first[:, :, 0, 0].min()) > 0.99
     assert float((first - to_signed(images.pixels)).abs().mean()) < 0.3
 
 
-def test_last_steps_see_the_images_as_they_are(images: ImageSet, tokenizer: VQTokenizer) -> None:
-    changed = lpd_task(recipe(10), images, tokenizer)
-    task = lpd_task(recipe(10), images, tokenizer, augment_until=0.65)
-    plain = to_signed(images.pixels)
-    for step in range(10):
-        batch, other = task.batch(step), changed.batch(step)
-        seen = [bool((image == plain).flatten(1).all(dim=1).any()) for image in batch["images"]]
-        if step < 7:
-            assert torch.equal(batch["images"], other["images"])
-            assert not all(seen)
-        else:
-            assert all(seen)
-        for name in ("labels", "orders", "nulls", "kept_channels"):
-            assert torch.equal(batch[name], other[name])
-    assert task.settings() != changed.settings()
+def test_only_classes_that_may_be_are_mirrored(folder: Path, tmp_path: Path) -> None:
+    """The others' left halves, which are black here, stay on the left."""
+    shutil.copytree(folder, tmp_path / "shapes")
+    (tmp_path / "shapes" / "mirrored.json").write_text('["bar"]')
+    images = load_image_set(tmp_path / "shapes", "train")
+    assert images.digest() != load_image_set(folder, "train").digest()
+    pixels = torch.full((64, 16, 16, 3), 255, dtype=torch.uint8)
+    pixels[:, :, :8] = 0
+    labels = torch.tensor([0, 1]).repeat(32)
+    changed = augment(pixels, seeded(1), images.may_mirror(labels))
+    left = changed[:, :, :, :8].mean(dim=(1, 2, 3)) < changed[:, :, :, 8:].mean(dim=(1, 2, 3))
+    assert bool(left[labels == 1].all())
+    assert 8 <= int(left[labels == 0].sum()) <= 24
 
 
 def test_every_image_is_seen_before_any_is_seen_again() -> None:
@@ -247,6 +249,45 @@ def test_learning_rate_warms_up_stays_and_falls() -> None:
     assert learning_rate(25, cosine) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi / 4)) / 2)
 
 
+def test_rate_falls_and_the_run_ends_once_the_loss_does_not(
+    images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best weights are exported; a run that was cut off knows how long it has waited."""
+    plan = recipe(40, patience=2, stable=0.9, warmup_steps=0)
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.1}
+
+    def new_task() -> LPDTask:
+        task = lpd_task(plan, images, tokenizer)
+        step_of = (
+            iter(range(2, 100, 2)) if not (tmp_path / CHECKPOINT).exists() else iter((8, 10, 12))
+        )
+        monkeypatch.setattr(
+            task, "validate", lambda model: {"validation_loss": losses.get(next(step_of), 2.2)}
+        )
+        return task
+
+    task = new_task()
+    batch = task.batch
+
+    def stopped(step: int) -> Any:
+        if step == 7:
+            raise KeyboardInterrupt
+        return batch(step)
+
+    monkeypatch.setattr(task, "batch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(task, plan, tmp_path, validate_every=2, log_every=1, checkpoint_minutes=0)
+    figures = train(new_task(), plan, tmp_path, validate_every=2, log_every=1)
+    # Two validations without a better one at step 8, and the 4 steps that the rate falls in.
+    assert figures["step"] == 12
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / LOG).open()]
+    assert rates[:9] == pytest.approx([plan.learning_rate] * 9)
+    assert all(after < before for before, after in pairwise(rates[8:]))
+    best = read_best(tmp_path)
+    assert best is not None
+    assert (best["step"], best["figures"]["validation_loss"]) == (4, 2.0)
+
+
 def test_group_sizes_are_drawn_from_the_list(images: ImageSet, tokenizer: VQTokenizer) -> None:
     task = lpd_task(recipe(10), images, tokenizer, group_weights={16: 1.0, 8: 3.0, 4: 1.0})
     drawn = Counter(task.draw_steps(step) for step in range(1000))
@@ -273,11 +314,25 @@ def test_conditions_are_replaced_at_the_stated_rate(
         assert bool(of_null.any()) is not learned
 
 
-def test_orders_are_permutations_and_change(images: ImageSet, tokenizer: VQTokenizer) -> None:
-    task = lpd_task(recipe(10), images, tokenizer)
-    orders = torch.cat([task.batch(step)["orders"] for step in range(3)])
-    assert torch.equal(orders.sort(dim=1).values, torch.arange(64).expand(12, 64))
-    assert len({tuple(order) for order in orders.tolist()}) == 12
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_orders_are_permutations_of_the_stated_kinds(
+    images: ImageSet, tokenizer: VQTokenizer, share: float
+) -> None:
+    task = lpd_task(recipe(40, batch_size=8), images, tokenizer, locality_share=share)
+    drawn = [(task.draw_steps(step), task.batch(step)["orders"]) for step in range(40)]
+    orders = torch.cat([orders for _, orders in drawn])
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(64).expand(320, 64))
+    assert len({tuple(order) for order in orders.tolist()}) == 320
+
+    def spread(order: torch.Tensor) -> bool:
+        """Whether few of the second group's 16 cells touch: of random ones 13 pairs do."""
+        cells = order[1:17]
+        apart = (cells[:, None] // 8 - cells // 8).abs().max((cells[:, None] % 8 - cells % 8).abs())
+        return int((apart == 1).sum()) // 2 < 8
+
+    assert task.group_sizes[4][:2] == [1, 16]
+    kept = [spread(order) for steps, orders in drawn if steps == 4 for order in orders]
+    assert abs(np.mean(kept) - share) < 0.2
 
 
 # ------------------------------------------------------------------------------------ the losses
@@ -461,7 +516,7 @@ def answer(script: str, *arguments: object) -> Result:
 
 @pytest.mark.slow
 def test_killed_and_stopped_process_goes_on(folder: Path, tmp_path: Path) -> None:
-    """The whole way: a tokenizer is trained, killed, stopped, finished and exported."""
+    """A tokenizer is trained, killed, stopped and finished."""
     run = tmp_path / "run"
     options = [folder, *TOKENIZER_OPTIONS, "--run", run, "--checkpoint-minutes=0"]
 
@@ -507,18 +562,36 @@ def test_killed_and_stopped_process_goes_on(folder: Path, tmp_path: Path) -> Non
         "reconstructions.png",
     ]
 
-    weights_file = tmp_path / "tokenizer.safetensors"
-    exported = answer("train_tokenizer.py", folder, "--run", run, "--export", weights_file)
-    assert exported.exit_code == 0, exported.stderr
-    assert load_tokenizer(weights_file).config == VQ_CONFIG
-    lpd_run, lpd_file = tmp_path / "lpd", tmp_path / "lpd.safetensors"
-    options = [folder, *LPD_OPTIONS, "--tokenizer", weights_file, "--run", lpd_run, "--steps=3"]
-    finished = answer("train_lpd.py", *options)
-    assert finished.exit_code == 0, finished.stderr
-    assert (lpd_run / "samples.png").exists()
-    exported = answer("train_lpd.py", folder, "--run", lpd_run, "--export", lpd_file)
-    assert exported.exit_code == 0, exported.stderr
-    assert load_lpd(lpd_file).config == LPDConfig(64, 1, 1, 8, 2, 32)
+
+@pytest.mark.slow
+def test_the_demo_is_made_from_nothing_and_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One command trains all of it; given again, it takes up what is missing, and only that."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = importlib.import_module("train_demo")
+    monkeypatch.setattr(script, "TOKENIZER", ("--steps=3", *TOKENIZER_OPTIONS))
+    monkeypatch.setattr(script, "LPD", ("--steps=3", *LPD_OPTIONS))
+    few = ("--steps=2", "--batch-size=2", "--warmup-steps=1")
+    monkeypatch.setattr(script, "CLASSIFIER", few)
+    made = ("tokenizer", "lpd", "classifier")
+
+    def contents() -> dict[str, torch.Tensor]:
+        weights = {name: load_file(tmp_path / f"{name}.safetensors") for name in made}
+        return {f"{name} {key}": weights[name][key] for name in made for key in weights[name]}
+
+    arguments = [f"--data={folder}", f"--runs={tmp_path}"]
+    assert CliRunner().invoke(script.main, arguments).exit_code == 0
+    first = contents()
+    assert load_tokenizer(tmp_path / "tokenizer.safetensors").config == VQ_CONFIG
+    assert load_lpd(tmp_path / "lpd.safetensors").config == LPDConfig(64, 1, 1, 8, 2, 32)
+    assert (tmp_path / "lpd" / "samples.png").exists()
+    for name in ("lpd.safetensors", "classifier.safetensors", f"lpd/{CHECKPOINT}"):
+        (tmp_path / name).unlink()
+    written = (tmp_path / "tokenizer" / CHECKPOINT).stat().st_mtime_ns
+    assert CliRunner().invoke(script.main, arguments).exit_code == 0
+    torch.testing.assert_close(contents(), first, rtol=0, atol=0)
+    assert (tmp_path / "tokenizer" / CHECKPOINT).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
