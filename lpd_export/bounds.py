@@ -1,45 +1,80 @@
 """The bounds of what more than one request, record or manifest holds, each declared once.
 
-Knows numbers and patterns, not what they are asked for.
+Knows types of values, with their bounds, and how a value out of them is told; not what they are
+asked for.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from typing import Annotated, Literal, SupportsFloat, SupportsIndex
+import functools
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from lpd_export.errors import UserError
 
-MOST_CFG = 1000
-"""Published guidance ends below 8; far above this, guided logits leave their type's range."""
-TEMPERATURES = 0.001, 1000
-"""Colder is top-k 1, warmer is uniform."""
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+"""Of a request: no text where a number is wanted, and numbers are finite."""
 
 GuidanceSchedule = Literal["linear", "constant"]
 """How guidance goes over the tokens of an image."""
-Cfg = Annotated[float, Field(ge=0, le=MOST_CFG)]
-Temperature = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
+Natural = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Cfg = Annotated[float, Field(ge=0, le=1000)]
+"""Published guidance ends below 8; far above 1000, guided logits leave their type's range."""
+Temperature = Annotated[float, Field(ge=0.001, le=1000)]
+"""Colder is top-k 1, warmer is uniform."""
+Probability = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hexadecimal."""
 
+WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text in quotes",
+    "boolean": "true or false",
+    "array": "a list of texts in quotes",
+}
+SIDES = (
+    ("minimum", "at least"),
+    ("exclusiveMinimum", "above"),
+    ("maximum", "at most"),
+    ("exclusiveMaximum", "below"),
+)
 
-def whole_number(name: str, value: SupportsIndex, least: int) -> int:
-    """`value` as an int. Raises UserError, by its name, for another type or one below `least`."""
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=STRICT)
+
+
+def checked(what: str, value: object, kind: Any) -> Any:
+    """`value`, if it is of a type with bounds such as `Seed`; NumPy's numbers are taken as well.
+
+    Raises:
+        UserError: `what` must be this, but it is that.
+    """
     try:
-        number = operator.index(value)
-    except TypeError:
-        raise UserError(f"{name} must be a whole number, but it is {value!r}") from None
-    if number < least:
-        raise UserError(f"{name} must be at least {least}, but it is {number}")
-    return number
+        plain = value.item() if isinstance(value, np.generic) else value
+        return _adapter(kind).validate_python(plain)
+    except ValidationError as error:
+        wanted = in_words(_adapter(kind).json_schema())
+        raise UserError(f"{what} must be {wanted}, but it is {value!r}") from error
 
 
-def finite_number(name: str, value: SupportsFloat) -> float:
-    """`value` as a float. Raises UserError, by its name, for another type, NaN or infinity."""
-    if not isinstance(value, SupportsFloat) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, but it is {value!r}")
-    return float(value)
+def in_words(schema: dict[str, Any]) -> str:
+    """What a value of a JSON schema must be: `a whole number from 1 to 2048`."""
+    schema = schema.get("anyOf", [schema])[0]
+    if "enum" in schema:
+        return " or ".join(schema["enum"])
+    words = WORDS[schema["type"]]
+    if "minimum" in schema and "maximum" in schema:
+        return f"{words} from {_number(schema['minimum'])} to {_number(schema['maximum'])}"
+    sides = (f"{side} {_number(schema[key])}" for key, side in SIDES if key in schema)
+    return " ".join([words, " and ".join(sides)]).strip()
+
+
+def _number(value: float) -> str:
+    return "2^64 - 1" if value == 2**64 - 1 else str(value)

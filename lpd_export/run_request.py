@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, Self
 
 from pydantic import (
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     TypeAdapter,
@@ -21,7 +20,17 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
-from lpd_export.bounds import Cfg, Digest, GuidanceSchedule, Seed, Temperature
+from lpd_export.bounds import (
+    STRICT,
+    Cfg,
+    Digest,
+    GuidanceSchedule,
+    Positive,
+    Probability,
+    Seed,
+    Temperature,
+    in_words,
+)
 from lpd_export.bundle.classes import resolve_classes
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
@@ -31,12 +40,9 @@ RECORDS = "images.jsonl"
 LOCK = ".run.lock"
 MAX_IMAGES = 1_000_000
 """Of a run; a greater number is a slip of the keyboard."""
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 Folder = Annotated[Path, Field(strict=False)]
 Index = Annotated[int, Field(ge=0, lt=MAX_IMAGES)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -50,7 +56,7 @@ class RunRequest:
     bundle: Folder
     classes: list[str]
     out: Folder
-    count: Annotated[int, Field(ge=1)] = 1
+    count: Positive = 1
     seed: Seed = 0
     cfg: Cfg | None = None
     guidance: GuidanceSchedule | None = None
@@ -75,8 +81,8 @@ class RunRequest:
             first = error.errors()[0]
             name = str(first["loc"][0])
             option = {"count": "-n", "classes": "--class"}.get(name, f"--{name.replace('_', '-')}")
-            must = first["msg"].replace("Input should", "must")
-            raise UserError(f"{option} {must}, but it is {first['input']!r}") from error
+            wanted = in_words(TypeAdapter(cls).json_schema()["properties"][name])
+            raise UserError(f"{option} must be {wanted}, but it is {first['input']!r}") from error
 
 
 @with_config(STRICT)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lpd_export.bounds import Positive, Seed, checked
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder
 from lpd_export.runtime.onnxruntime_executor import check_threads
@@ -58,10 +59,8 @@ class VerifyRequest:
 
     def check(self) -> None:
         """Raises UserError for a request that cannot be met, before any work."""
-        if self.images < 1:
-            raise UserError(f"--images must be at least 1, but it is {self.images}")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed must be from 0 to 2^64 - 1, but it is {self.seed}")
+        checked("--images", self.images, Positive)
+        checked("--seed", self.seed, Seed)
         check_threads(self.threads)
         if self.onnx and self.device == "cuda":
             raise UserError("--onnx runs the graphs on the CPU: it does not go with --device cuda")

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from lpd_export.bounds import Cfg, GuidanceSchedule, Seed
+from lpd_export.bounds import STRICT, Cfg, GuidanceSchedule, Seed, in_words
 from lpd_export.errors import UserError
 from lpd_export.formats import BACKENDS, ONNXRUNTIME, PRECISIONS
 
@@ -62,7 +62,7 @@ class BuildRequest(BaseModel):
         UserError: for an unknown setting, one of a wrong type, or one out of its bounds.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = STRICT | ConfigDict(frozen=True, extra="forbid")
 
     model: str | None = None
     res: Annotated[int, Field(ge=1, le=2048)] | None = None
@@ -130,18 +130,7 @@ def wanted(name: str) -> str:
     """What a setting must be, in words."""
     if name in CHOICES:
         return " or ".join(CHOICES[name])
-    schema = BuildRequest.model_json_schema()["properties"][name]
-    schema = schema.get("anyOf", [schema])[0]
-    words = {
-        "integer": "a whole number",
-        "number": "a number",
-        "string": "text in quotes",
-        "boolean": "true or false",
-        "array": "a list of texts in quotes",
-    }[schema["type"]]
-    if "minimum" in schema:
-        words += f" from {schema['minimum']} to {schema['maximum']}"
-    return words
+    return in_words(BuildRequest.model_json_schema()["properties"][name])
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

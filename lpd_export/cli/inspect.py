@@ -7,6 +7,7 @@ import shutil
 
 import click
 
+from lpd_export.bounds import Positive, checked
 from lpd_export.cli.output import json_option, print_json
 from lpd_export.errors import UserError
 
@@ -30,8 +31,7 @@ def inspect(bundle: str, classes: bool, batch: int, as_json: bool) -> None:
     from lpd_export.bundle.inspection import class_lines, report_lines
     from lpd_export.bundle.manifest import Bundle
 
-    if batch < 1:
-        raise UserError(f"--batch must be at least 1, but it is {batch}")
+    checked("--batch", batch, Positive)
     opened = Bundle.open(bundle)
     limit = opened.manifest.max_batch
     if limit is not None and batch > limit:

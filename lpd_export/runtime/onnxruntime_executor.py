@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from lpd_export.bounds import Positive, checked
 from lpd_export.errors import GraphError, UserError
 from lpd_export.runtime.executor import Run
 
@@ -29,10 +30,9 @@ OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory")
 
 def check_threads(threads: int | None) -> None:
     """Raises UserError for a --threads that this machine does not take."""
+    checked("--threads", threads, Positive | None)
     if threads is None:
         return
-    if threads < 1:
-        raise UserError(f"--threads must be at least 1, but it is {threads}")
     # Far too many end the process inside ONNX Runtime, without a word.
     most = max(64, 4 * (os.cpu_count() or 1))
     if threads > most:

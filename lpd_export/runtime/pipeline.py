@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lpd_export.bounds import Positive, checked
 from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import Bundle, Manifest
 from lpd_export.errors import UserError
@@ -24,7 +25,7 @@ from lpd_export.runtime.backends import open_executor
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
 from lpd_export.runtime.memory import check_memory
-from lpd_export.runtime.requests import GeneratedImage, ImageRequest, check_whole
+from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
 from lpd_export.schedule.phases import phase_table
@@ -215,9 +216,7 @@ class Pipeline:
         """Raises UserError unless the bundle takes batches of this size."""
         if self._closed:
             raise UserError("this pipeline is closed: open the bundle again")
-        check_whole("the batch size", batch)
-        if batch < 1:
-            raise UserError(f"the batch size must be at least 1, but it is {batch}")
+        checked("the batch size", batch, Positive)
         limit = self.manifest.max_batch
         if limit is not None and batch > limit:
             raise UserError(

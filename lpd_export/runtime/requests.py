@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lpd_export.bounds import Seed, checked
 from lpd_export.errors import UserError
 from lpd_export.runtime.generator import Dimensions
 from lpd_export.runtime.randomness import ImageRandomness, image_randomness
@@ -41,11 +42,8 @@ class ImageRequest:
 
     def __post_init__(self) -> None:
         for what, value in (("the seed", self.seed), ("the image's index", self.index)):
-            check_whole(what, value)
-            if not 0 <= value < 2**64:
-                raise UserError(f"{what} must be from 0 to 2^64 - 1, but it is {value}")
-        if self.label is not None:
-            check_whole("the label", self.label)
+            checked(what, value, Seed)
+        checked("the label", self.label, int | None)
         for name in ("order", "given"):
             cells = getattr(self, name)
             if cells is None:
@@ -137,12 +135,6 @@ class GeneratedImage:
     def picture(self) -> Image.Image:
         """As a Pillow image."""
         return Image.fromarray(self.pixels)
-
-
-def check_whole(what: str, value: object) -> None:
-    """Raises UserError unless a value is a whole number; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise UserError(f"{what} must be a whole number, but it is {value!r}")
 
 
 def check_vocabulary(token_ids: NDArray[np.integer[Any]], vocab_size: int) -> None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
 
-from lpd_export.bounds import MOST_CFG, TEMPERATURES, GuidanceSchedule
-from lpd_export.errors import UserError
+from lpd_export.bounds import Cfg, GuidanceSchedule, Positive, Probability, Temperature, checked
 
 GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
 
@@ -40,31 +38,11 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        numbers: dict[str, object] = {"cfg": self.cfg, "temperature": self.temperature}
-        if self.top_p is not None:
-            numbers["top-p"] = self.top_p
-        for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise UserError(f"{name} must be a number, but it is {value!r}")
-        if not 0 <= self.cfg <= MOST_CFG:
-            raise UserError(f"cfg must be a number from 0 to {MOST_CFG:g}, but it is {self.cfg}")
-        if self.guidance not in GUIDANCE_SCHEDULES:
-            known = " or ".join(GUIDANCE_SCHEDULES)
-            raise UserError(f"guidance must be {known}, but it is {self.guidance!r}")
-        least, most = TEMPERATURES
-        if not least <= self.temperature <= most:
-            raise UserError(
-                f"temperature must be a number from {least:g} to {most:g}, but it is "
-                f"{self.temperature}; for the most probable token use top-k 1"
-            )
-        if self.top_k is not None and (
-            isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral)
-        ):
-            raise UserError(f"top-k must be a whole number, but it is {self.top_k!r}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top-k must be at least 1, but it is {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top-p must be above 0 and at most 1, but it is {self.top_p}")
+        checked("cfg", self.cfg, Cfg)
+        checked("guidance", self.guidance, GuidanceSchedule)
+        checked("temperature", self.temperature, Temperature)
+        checked("top-k", self.top_k, Positive | None)
+        checked("top-p", self.top_p, Probability | None)
 
     @property
     def guided(self) -> bool:

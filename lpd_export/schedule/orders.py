@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpd_export.bounds import finite_number, whole_number
+from lpd_export.bounds import Natural, Positive, Seed, checked
 from lpd_export.errors import UserError
 from lpd_export.schedule.phases import Sizes, checked_sizes
 
@@ -43,8 +43,8 @@ def make_orders(
     Raises UserError for an unknown kind, sizes that do not fill the grid, or a setting out of
     its range.
     """
-    cells = whole_number("the grid", grid, 1) ** 2
-    count = whole_number("the number of orders", count, 1)
+    cells = checked("the grid", grid, Positive) ** 2
+    count = checked("the number of orders", count, Positive)
     sizes = checked_sizes(sizes, cells)
     if kind == "raster":
         return np.tile(np.arange(cells, dtype=np.int32), (count, 1))
@@ -79,10 +79,10 @@ def locality_orders(
     array that is true where the first rule took the cell. Raises UserError for a setting out of
     its range. Source: arXiv 2507.01957, the section on locality-aware generation order.
     """
-    cells = whole_number("the grid", grid, 1) ** 2
+    cells = checked("the grid", grid, Positive) ** 2
     sizes = checked_sizes(sizes, cells)
-    repulsion = whole_number("the repulsion threshold", repulsion, 0)
-    proximity = finite_number("the proximity threshold", proximity)
+    repulsion = checked("the repulsion threshold", repulsion, Natural)
+    proximity = checked("the proximity threshold", proximity, float)
     streams = [_stream(seed, index) for index in indices]
     axis, each = np.arange(grid), np.arange(len(streams))
     generated = np.zeros((len(streams), grid + 2, grid + 2))  # a border spares the edge cases
@@ -119,10 +119,7 @@ def locality_orders(
 
 def _stream(seed: int, index: int) -> np.random.Generator:
     """The random numbers of one order, whatever the other orders draw."""
-    seed = whole_number("the seed", seed, 0)
-    if seed >= 2**64:
-        raise UserError(f"the seed must be below 2**64, but it is {seed}")
-    key = np.array([seed, index], np.uint64)
+    key = np.array([checked("the seed", seed, Seed), index], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, _STREAM]))
 
 

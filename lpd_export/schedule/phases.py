@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpd_export.bounds import whole_number
+from lpd_export.bounds import Positive, checked
 from lpd_export.errors import UserError
 
 Sizes = Sequence[int] | NDArray[np.integer[Any]]
@@ -35,10 +35,8 @@ def group_sizes(cells: int, steps: int) -> NDArray[np.int32]:
 
     Raises UserError unless 1 <= steps <= cells. Source: arXiv 2507.01957, the cosine schedule.
     """
-    cells, steps = (
-        whole_number("the number of cells", cells, 1),
-        whole_number("the number of steps", steps, 1),
-    )
+    cells = checked("the number of cells", cells, Positive)
+    steps = checked("the number of steps", steps, Positive)
     if steps > cells:
         raise UserError(
             f"{steps} steps are too many for {cells} cells: every step generates at least one "

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lpd_export.bounds import finite_number, whole_number
+from lpd_export.bounds import Natural, Positive, Seed, checked
 from lpd_export.errors import UserError
 from lpd_export.files import write_atomically
 from lpd_export.schedule.orders import KINDS, checked_orders, make_orders
@@ -54,12 +54,9 @@ class Schedule:
                 f"there is no order kind {self.kind!r}: it is one of {', '.join(KINDS)}, "
                 f"or {FOREIGN} for orders of unknown making"
             )
-        if self.repulsion is not None:
-            whole_number("the repulsion threshold", self.repulsion, 0)
-        if self.proximity is not None:
-            finite_number("the proximity threshold", self.proximity)
-        if self.seed is not None:
-            whole_number("the seed", self.seed, 0)
+        checked("the repulsion threshold", self.repulsion, Natural | None)
+        checked("the proximity threshold", self.proximity, float | None)
+        checked("the seed", self.seed, Seed | None)
         orders = checked_orders(self.orders)
         sizes = checked_sizes(self.group_sizes, orders.shape[1])
         for name, array in (("group_sizes", sizes), ("orders", orders)):
@@ -101,7 +98,7 @@ class Schedule:
 
         Raises UserError for an argument out of its range.
         """
-        sizes = group_sizes(whole_number("the grid", grid, 1) ** 2, steps)
+        sizes = group_sizes(checked("the grid", grid, Positive) ** 2, steps)
         orders = make_orders(grid, sizes, kind, count, seed, repulsion, proximity)
         return cls(
             group_sizes=sizes,

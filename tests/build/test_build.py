@@ -330,11 +330,11 @@ def test_a_dry_run_fetches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("--res 256 --workspace 0", "--workspace must be a whole number from 1 to 1000000, but"),
         (
             "--res 256 --seed -1",
-            "--seed must be a whole number from 0 to 18446744073709551615, but it is -1",
+            "--seed must be a whole number from 0 to 2^64 - 1, but it is -1",
         ),
         (
             f"--res 256 --seed {2**64}",
-            "--seed must be a whole number from 0 to 18446744073709551615, but it is 18446744",
+            "--seed must be a whole number from 0 to 2^64 - 1, but it is 18446744",
         ),
         ("--checkpoint hf:nothing --tokenizer a", "there is no checkpoint a"),
     ],

@@ -118,7 +118,7 @@ def test_version() -> None:
             "run a --device tpu --out b",
             "'tpu' is not cpu, cuda, or a GPU by its number such as",
         ),
-        ("inspect a --batch 0", "--batch must be at least 1, but it is 0"),
+        ("inspect a --batch 0", "--batch must be a whole number from 1 to 2147483647, but it is 0"),
         ("inspect a --batch many", "'many' is not a valid integer"),
     ],
 )
@@ -227,14 +227,20 @@ def test_a_schedule_of_another_stride(tmp_path: Path) -> None:
         ("make --res 0 --steps 20 --out b.npz", "--res 0 is not a multiple"),
         ("make --res 256 --stride 0 --steps 20 --out b.npz", "the tokenizer's stride of 0"),
         ("make --res 64 --steps 17 --out b.npz", "17 steps are too many for 16 cells"),
-        ("make --res 64 --steps 0 --out b.npz", "the number of steps must be at least 1"),
-        ("make --res 64 --steps 4 --count 0 --out b.npz", "the number of orders must be at least"),
+        (
+            "make --res 64 --steps 0 --out b.npz",
+            "number of steps must be a whole number from 1",
+        ),
+        (
+            "make --res 64 --steps 4 --count 0 --out b.npz",
+            "number of orders must be a",
+        ),
         ("make --res 64 --steps 4 --repulsion -1 --out b.npz", "the repulsion threshold must be"),
         (
             "make --res 64 --steps 4 --proximity nan --out b.npz",
             "proximity threshold must be a",
         ),
-        ("make --res 64 --steps 4 --seed -1 --out b.npz", "the seed must be at least 0"),
+        ("make --res 64 --steps 4 --seed -1 --out b.npz", "the seed must be a whole number from 0"),
         ("make --res 64 --steps 4 --kind spiral --out b.npz", "'spiral' is not one of 'locality'"),
         ("make --res 64 --steps 4 --out a.npz", "a.npz exists: choose another --out, or replace"),
         ("make --res 64 --steps 4 --out gone/b.npz", "cannot write gone/b.npz: No such file"),

@@ -247,8 +247,8 @@ def test_given_cells_stay_and_the_others_follow_them(pipeline: Pipeline) -> None
     [
         ({"label": 15}, "from 0 to 14, but it is 15"),
         ({"label": "heart"}, "label must be a whole number"),
-        ({"index": -1}, "the image's index must be from 0"),
-        ({"seed": 2**64}, "the seed must be from 0"),
+        ({"index": -1}, "the image's index must be a whole number from 0"),
+        ({"seed": 2**64}, "the seed must be a whole number from 0"),
         ({"order": [0, 0, 1]}, "every cell once"),
         ({"order": np.arange(16)}, "order must be of the model's 256 cells, not of 16"),
         ({"given": np.zeros((16, 16))}, r"whole numbers .* float64 of shape \[16, 16\]"),
@@ -571,7 +571,7 @@ def test_another_schedule_is_followed(pipeline: Pipeline, tmp_path: Path) -> Non
     [
         ({"classes": ["hart"]}, "did you mean 'heart'"),
         ({"classes": [15]}, "0 to 14"),
-        ({"classes": [0], "batch": 0}, "batch size must be at least 1"),
+        ({"classes": [0], "batch": 0}, "batch size must be a whole number from 1"),
         ({"classes": "heart"}, "one name"),
         ({"classes": [0], "seed": "1"}, "whole number"),
         ({"classes": [0], "seed": -1}, "seed"),
@@ -601,13 +601,13 @@ def test_wrong_tensors_are_answered(pipeline: Pipeline) -> None:
     [
         ({"guidance_scale": 3.0}, "generate takes no 'guidance_scale': here it is called cfg"),
         ({"steps": 3}, r"generate takes no 'steps': see help\(Pipeline.generate\)"),
-        ({"seed": True}, "the seed must be a whole number, but it is True"),
-        ({"batch": 2.5}, "the batch size must be a whole number, but it is 2.5"),
-        ({"cfg": "3"}, "cfg must be a number, but it is '3'"),
+        ({"seed": True}, "the seed must be a whole number from 0 .*, but it is True"),
+        ({"batch": 2.5}, "the batch size must be a whole number from 1 .*, but it is 2.5"),
+        ({"cfg": "3"}, "cfg must be a number from 0 to 1000, but it is '3'"),
         ({"cfg": 1e308}, "cfg must be a number from 0 to 1000, but it is 1e[+]308"),
-        ({"temperature": None}, "temperature must be a number, but it is None"),
-        ({"top_k": 2.5}, "top-k must be a whole number, but it is 2.5"),
-        ({"top_p": True}, "top-p must be a number, but it is True"),
+        ({"temperature": None}, "temperature must be a number from 0.001 to 1000, but it is None"),
+        ({"top_k": 2.5}, "top-k must be a whole number from 1 .*, but it is 2.5"),
+        ({"top_p": True}, "top-p must be a number above 0 and at most 1, but it is True"),
     ],
 )
 def test_wrong_arguments_are_sentences(
