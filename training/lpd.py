@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpd_export.schedule.schedule import make_orders
+from lpd_export.schedule.orders import make_orders
 from lpd_reference.lpd import LPD, Block, LPDConfig, teacher_forcing_mask
 from lpd_reference.vq import VQTokenizer
 from training.data import (
