@@ -129,6 +129,7 @@ class Quantization:
         weights: the ONNX type of a stored weight.
         activations: the ONNX type that activations are rounded to; "" leaves them as they are.
         bits: of a weight.
+        block: inputs of an output that share a scale; 0 for all of them.
         roundoff: the largest error of one rounding, over the largest value.
     """
 
@@ -136,6 +137,7 @@ class Quantization:
     activations: str
     bits: int
     roundoff: float
+    block: int = 0
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,11 @@ def write_models(models: Mapping[str, ir.Model], folder: Path) -> None:
                 assert tensor is not None
                 if tensor.nbytes <= EMBEDDED_BYTES:
                     continue
-                # As bytes: NumPy has no buffers of bfloat16.
-                content = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+                if tensor.dtype.bitwidth < 8:  # two values a byte, which NumPy has not
+                    content = np.frombuffer(tensor.tobytes(), np.uint8)
+                else:
+                    # As bytes: NumPy has no buffers of bfloat16.
+                    content = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
                 digest = hashlib.sha256(content.data).digest()
                 if digest not in offsets:
                     file.seek(-file.tell() % ALIGNMENT, io.SEEK_CUR)

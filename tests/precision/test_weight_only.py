@@ -1,0 +1,121 @@
+"""Weights of a few bits: what the decode graph says, and what ONNX Runtime makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+import golden
+from lpd_export.errors import UserError
+from lpd_export.formats import Quantization
+from lpd_export.graphs import export
+from lpd_export.precision.quantization import quantizable_layers
+from lpd_export.precision.weight_only import quantize_weights
+
+pytestmark = pytest.mark.model
+
+KINDS = {
+    "int4": Quantization("INT4", "", bits=4, roundoff=1 / 14, block=32),
+    "int8": Quantization("INT8", "", bits=8, roundoff=1 / 254, block=64),
+}
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exact")
+    export.write_models(
+        {"decode": export.export_decode(golden.lpd(golden.read("lpd_grid4")))}, folder
+    )
+    return folder / "decode.onnx"
+
+
+def session(file: Path, accuracy_level: int, optimized: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+    options.optimized_model_filepath = str(optimized)
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def dequantized(model: ir.Model) -> dict[str, np.ndarray]:
+    """The weights [in, out] that levels and scales stand for, by the layer they are named after."""
+    arrays = {name: value.const_value for name, value in model.graph.initializers.items()}
+    weights = {}
+    for name in arrays:
+        if name.endswith("/weight/levels"):
+            stem = name.removesuffix("/levels")
+            levels = arrays[name].numpy().astype(np.float32)
+            scales = arrays[f"{stem}/scales"].numpy()
+            weights[stem] = levels * scales.repeat(len(levels) // len(scales), axis=0)
+    return weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cpu_runs_every_product_on_its_levels(kind: str, exact: Path, tmp_path: Path) -> None:
+    """As integers (MatMulNBits), with the numbers of a graph whose weights are those levels'."""
+    model = ir.load(exact)
+    layers = quantizable_layers(model)
+    quantize_weights(model, {layer.node: KINDS[kind] for layer in layers}, {})
+    export.write_models({"decode": model}, tmp_path)
+    export.check_model(tmp_path / "decode.onnx")
+
+    weights = dequantized(ir.load(tmp_path / "decode.onnx"))
+    plain = ir.load(exact)
+    left: dict[str, np.ndarray] = {}
+    for layer in layers:  # products of one value stand side by side in the first one's weight
+        content = weights.get(f"{layer.node}/weight")
+        content = left[layer.activation] if content is None else content
+        initializer = plain.graph.initializers[layer.weight]
+        columns = initializer.shape[1]
+        initializer.const_value = ir.tensor(np.ascontiguousarray(content[:, :columns]))
+        left[layer.activation] = content[:, columns:]
+    assert not any(content.size for content in left.values())
+    (tmp_path / "plain").mkdir()
+    export.write_models({"decode": plain}, tmp_path / "plain")
+
+    inputs = {
+        name: array.numpy()
+        for name, array in golden.step_inputs(
+            golden.lpd(golden.read("lpd_grid4")), [1, 2, 5, 8], 2, 2
+        ).items()
+    }
+    expected = session(tmp_path / "plain/decode.onnx", 0, tmp_path / "p.onnx").run(None, inputs)
+    optimized = tmp_path / "o.onnx"
+    for level, tolerance in ((0, 1e-5), (4, 5e-2)):
+        outputs = session(tmp_path / "decode.onnx", level, optimized).run(None, inputs)
+        for actual, wanted in zip(outputs, expected, strict=True):
+            assert np.linalg.norm(actual - wanted) <= tolerance * np.linalg.norm(wanted)
+    operators = [n.op_type for n in onnx.load(optimized, load_external_data=False).graph.node]
+    assert "MatMul" not in operators
+    assert "DequantizeLinear" not in operators
+    # Queries, keys and values are one product.
+    assert operators.count("MatMulNBits") == len({layer.activation for layer in layers})
+
+
+def test_a_product_of_another_kind_stays_apart(exact: Path) -> None:
+    model = ir.load(exact)
+    layers = [layer.node for layer in quantizable_layers(model)]
+    kinds = {
+        node: KINDS["int8" if "key" in node else "int4"] for node in layers if node != layers[-1]
+    }
+    quantize_weights(model, kinds, {})
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    blocks = sum("key" in node for node in layers)
+    assert len(products) == len(layers) - blocks
+    assert products[-1].inputs[1].name in model.graph.initializers
+    stored = [value.dtype for value in model.graph.initializers.values()]
+    assert stored.count(ir.DataType.INT8) == blocks
+    assert stored.count(ir.DataType.INT4) == len(products) - blocks - 1
+
+
+def test_blocks_that_do_not_divide_a_layer_are_told(exact: Path) -> None:
+    model = ir.load(exact)
+    layer = quantizable_layers(model)[0]
+    wide = Quantization("INT4", "", bits=4, roundoff=1 / 14, block=96)
+    with pytest.raises(UserError, match="not whole blocks of 96: this model is too narrow"):
+        quantize_weights(model, {layer.node: wide}, {})
