@@ -341,7 +341,7 @@ def codebook_off_by_one(graph: str) -> Damage:
 
 def group_norm_epsilon(models: Models) -> None:
     """PyTorch's default of nn.GroupNorm in the place of the tokenizer's 1e-6."""
-    for node in operators(models["detokenize"], "GroupNormalization"):
+    for node in operators(models["detokenize"], "InstanceNormalization"):
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-5)
 
 

@@ -11,6 +11,8 @@ T = C + Q, S grid cells, V image tokens, H heads, d head width, D model width.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -145,6 +147,40 @@ class Decode(nn.Module):
         return self.head(self.norm(x[:, context_tokens:])), keys, values
 
 
+class ChannelNorm(nn.Module):
+    """A group normalization as an instance normalization of its groups, scaled and shifted.
+
+    ONNX Runtime's CPU has a kernel for InstanceNormalization and none for GroupNormalization, which
+    becomes ten operators there. TensorRT makes the same kernels of both.
+    """
+
+    ones: Tensor
+    zeros: Tensor
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.register_buffer("ones", torch.ones(self.groups))
+        self.register_buffer("zeros", torch.zeros(self.groups))
+        self.weight = nn.Parameter(norm.weight[:, None, None], requires_grad=False)
+        self.bias = nn.Parameter(norm.bias[:, None, None], requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.flatten(1).unflatten(1, (self.groups, -1))
+        normed = F.instance_norm(grouped, weight=self.ones, bias=self.zeros, eps=self.eps)
+        return normed.view_as(x) * self.weight + self.bias
+
+
+def with_channel_norms(module: nn.Module) -> nn.Module:
+    """A copy of a module whose group normalizations are ChannelNorms; weights are shared."""
+    copied = copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
+    for parent in list(copied.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.GroupNorm):
+                setattr(parent, name, ChannelNorm(child))
+    return copied
+
+
 class Detokenize(nn.Module):
     """Token indices [B, S] int64 to an image [B, 3, height, width] in [-1, 1] up to overshoot."""
 
@@ -153,7 +189,7 @@ class Detokenize(nn.Module):
         self.grid = grid
         self.codebook = nn.Parameter(tokenizer.quantize.codebook(), requires_grad=False)
         self.post_quant_conv = tokenizer.post_quant_conv
-        self.decoder = tokenizer.decoder
+        self.decoder = with_channel_norms(tokenizer.decoder)
 
     def forward(self, indices: Tensor) -> Tensor:
         latent = (
@@ -169,7 +205,7 @@ class Tokenize(nn.Module):
         super().__init__()
         self.codebook = nn.Parameter(tokenizer.quantize.codebook(), requires_grad=False)
         self.quant_conv = tokenizer.quant_conv
-        self.encoder = tokenizer.encoder
+        self.encoder = with_channel_norms(tokenizer.encoder)
 
     def forward(self, image: Tensor) -> Tensor:
         latent = self.quant_conv(self.encoder(image)).flatten(2).transpose(1, 2)

@@ -56,7 +56,7 @@ def lower(model: ir.Model, float_type: FloatType) -> None:
         if value.dtype == FLOAT:
             value.dtype = compute
     for node in list(graph):
-        if node.op_type in ("LayerNormalization", "GroupNormalization"):
+        if node.op_type == "LayerNormalization":
             node.attributes["stash_type"] = ir.AttrInt64("stash_type", int(FLOAT))
         # An attention with a mask is the transformer's: it is fused, or refused by the backend.
         masked = len(node.inputs) > 3

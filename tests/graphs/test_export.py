@@ -252,6 +252,25 @@ def test_each_static_phase_equals_the_dynamic_graph_on_its_own(
         torch.testing.assert_close(static["logits"], eager_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("graph", ["detokenize", "tokenize"])
+def test_normalizations_have_a_kernel_each(
+    exported: Path, tokenizer: VQTokenizer, tmp_path: Path, graph: str
+) -> None:
+    """ONNX Runtime's CPU takes a GroupNormalization apart, with casts and means of its own."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # past the remark that the file is for this machine alone
+    onnxruntime.InferenceSession(
+        exported / f"{graph}.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    optimized = open_graph(tmp_path / "optimized.onnx").graph
+    operators = Counter(node.op_type for node in optimized.node)
+    part = {"detokenize": tokenizer.decoder, "tokenize": tokenizer.encoder}[graph]
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in part.modules())
+    assert operators["InstanceNormalization"] == norms > 0
+    assert not {"Cast", "ReduceMean", "Sqrt"} & {*operators}
+
+
 def test_detokenize_and_tokenize_run_any_batch(exported: Path, tokenizer: VQTokenizer) -> None:
     cells = export.load_shapes(exported / "detokenize.onnx")["indices"][1]
     assert isinstance(cells, int)
