@@ -19,6 +19,8 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 GuidanceSchedule = Literal["linear", "constant"]
 """How guidance goes over the tokens of an image."""
+EditOrder = Literal["locality", "random"]
+"""How the new cells of an edit come: grown from the kept ones, or anyhow."""
 Natural = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Cfg = Annotated[float, Field(ge=0, le=1000)]

@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +28,12 @@ from pydantic import ValidationError
 
 from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import MANIFEST
+from lpd_export.edit_request import EditRequest
 from lpd_export.errors import Interrupted, UserError
 from lpd_export.files import exclusive, sha256, uninterrupted, write_atomically
 from lpd_export.images import contact_sheet, draw_trace, save_png
 from lpd_export.run_request import LOCK, RECORD, RECORDS, RunRequest, check_out, check_request
+from lpd_export.runtime.editing import Edit
 from lpd_export.runtime.onnxruntime_executor import check_threads
 from lpd_export.runtime.pipeline import Pipeline, Progress
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
@@ -98,6 +100,8 @@ class RunResult:
     tokens: Path | None
     traces: list[Path] | None
     """The drawing of each image's steps, if they were asked for."""
+    notes: tuple[str, ...]
+    """What must be said of how it was done."""
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -108,6 +112,7 @@ class RunResult:
             "contact_sheet": str(self.contact_sheet),
             "tokens": str(self.tokens) if self.tokens else None,
             "traces": None if self.traces is None else [str(path) for path in self.traces],
+            "notes": list(self.notes),
             "images": self.records,
         }
 
@@ -116,6 +121,7 @@ def generate_images(
     request: RunRequest,
     report: Callable[[str], None] = lambda stage: None,
     advance: Callable[[Advance], None] = lambda advance: None,
+    edit: EditRequest | None = None,
 ) -> RunResult:
     """Does what is asked for.
 
@@ -123,6 +129,7 @@ def generate_images(
         request: the run.
         report: called with each stage.
         advance: called after each step of each batch.
+        edit: what the images keep of another one, if they do.
 
     Raises:
         UserError: if the request is wrong, or another run is writing to the folder; no file is
@@ -134,7 +141,8 @@ def generate_images(
     missing = [f for f in (request.out, *request.out.parents) if not os.path.lexists(f)]
     try:
         with locked(request.out, request.resume):
-            return write_images(request, bool(missing) or not request.resume, report, advance)
+            is_first = bool(missing) or not request.resume
+            return write_images(request, edit, is_first, report, advance)
     except BaseException:
         with uninterrupted():
             for folder in missing:
@@ -145,6 +153,7 @@ def generate_images(
 
 def write_images(
     request: RunRequest,
+    edit: EditRequest | None,
     is_first: bool,
     report: Callable[[str], None],
     advance: Callable[[Advance], None],
@@ -153,10 +162,12 @@ def write_images(
     report(f"loading {request.bundle}")
     pipeline = Pipeline.open(request.bundle, device=request.device, threads=request.threads)
     plan = plan_images(request, pipeline)
+    if edit:
+        plan = plan_edit(edit, plan, pipeline)
     done = read_records(request.out, plan) if request.resume else {}
     batch = request.batch or min(DEFAULT_BATCH, pipeline.manifest.max_batch or DEFAULT_BATCH)
     images = pipeline.stream(
-        [plan.request(index) for index in range(len(plan.labels)) if index not in done],
+        [request for request in plan.requests if request.index not in done],
         batch=batch,
         schedule=plan.schedule,
         progress=lambda progress: advance(Advance(progress, len(done), len(plan.labels))),
@@ -169,7 +180,7 @@ def write_images(
         if traces:
             traces.complete(done)
         report("generating")
-        for image in images:
+        for image in map(plan.finish, images):
             save_png(image.pixels, request.out / plan.file_name(image.index))
             finished = Finished(plan.record(image.index), image.token_ids.astype(np.int32))
             append_record(request.out, finished)
@@ -178,7 +189,7 @@ def write_images(
                 traces.save(image)
         seconds = time.monotonic() - started
         records = [done[index].record for index in sorted(done)]
-        sheet = write_contact_sheet(request.out, records, request.count)
+        sheet = write_contact_sheet(request.out, records, request.count, plan.edit)
         # Last, so that a run that was stopped before its end has left none in its own way.
         tokens = save_token_ids(request, done)
     except BaseException as error:
@@ -193,7 +204,14 @@ def write_images(
         ) from None
     drawings = [traces.drawing(index) for index in sorted(done)] if traces else None
     return RunResult(
-        request.out, len(done) - made_before, seconds, records, sheet, tokens, drawings
+        out=request.out,
+        made=len(done) - made_before,
+        seconds=seconds,
+        records=records,
+        contact_sheet=sheet,
+        tokens=tokens,
+        traces=drawings,
+        notes=plan.edit.notes if plan.edit else (),
     )
 
 
@@ -227,6 +245,8 @@ class ImagePlan:
     schedule: Schedule
     vocab_size: int
     bundle: Path
+    edit: Edit | None = None
+    edit_request: EditRequest | None = None
 
     @cached_property
     def common(self) -> Record:
@@ -243,17 +263,33 @@ class ImagePlan:
             "schedule_sha256": hashlib.sha256(content).hexdigest(),
             "bundle": str(self.bundle),
             "manifest_sha256": sha256(self.bundle / MANIFEST),
+            **self.of_edit,
+        }
+
+    @cached_property
+    def of_edit(self) -> Record:
+        """What all images of an edit share beside; empty for a run."""
+        if not self.edit or not self.edit_request:
+            return {}
+        taken = self.edit.original.tobytes() + self.edit.token_ids.tobytes()
+        return {
+            "image": self.edit_request.image,
+            "image_sha256": hashlib.sha256(taken).hexdigest(),
+            "kept": np.packbits(self.edit.kept).tobytes().hex(),
+            "edit_order": self.edit_request.order,
+            "paste": self.edit_request.paste,
         }
 
     def record(self, index: int) -> Record:
         """How image `index` is made: its line in images.jsonl, but for the token ids."""
-        chance = self.request(index).chance(self.schedule)
+        request = self.requests[index]
+        own = request.order is not None
         return {
             "file": self.file_name(index),
             "index": index,
             "class_id": self.labels[index],
             "class_name": display_name(self.class_names, self.labels[index]),
-            "order": chance.order_index,
+            "order": None if own else request.chance(self.schedule).order_index,
             **self.common,
         }
 
@@ -263,9 +299,20 @@ class ImagePlan:
         slug = re.sub(r"[\W_]+", "-", name.casefold())[:60].strip("-")
         return f"{index:05d}_{slug or self.labels[index]}.png"
 
-    def request(self, index: int) -> ImageRequest:
-        """Image `index` as the pipeline takes it."""
-        return ImageRequest(self.labels[index], self.seed, index, self.sampling)
+    @cached_property
+    def requests(self) -> list[ImageRequest]:
+        """Each image as the pipeline takes it."""
+        labels, seed, sampling = self.labels, self.seed, self.sampling
+        if self.edit and self.edit_request:
+            order = self.edit_request.order
+            return self.edit.requests(labels, seed, sampling, self.schedule, order)
+        return [ImageRequest(label, seed, i, sampling) for i, label in enumerate(labels)]
+
+    def finish(self, image: GeneratedImage) -> GeneratedImage:
+        """An image as it is saved: of an edit, with the original's pixels where it is kept."""
+        if not self.edit or not self.edit_request or not self.edit_request.paste:
+            return image
+        return replace(image, pixels=self.edit.paste(image.pixels))
 
     def image(
         self, index: int, pixels: NDArray[np.uint8], token_ids: NDArray[np.int32]
@@ -273,7 +320,7 @@ class ImagePlan:
         """Image `index` as the pipeline gave it, of what is on disk."""
         name = display_name(self.class_names, self.labels[index])
         return GeneratedImage(
-            pixels, token_ids.astype(np.int64), self.request(index), name, self.schedule
+            pixels, token_ids.astype(np.int64), self.requests[index], name, self.schedule
         )
 
 
@@ -305,6 +352,18 @@ def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
         vocab_size=manifest.model.vocab_size,
         bundle=request.bundle,
     )
+
+
+def plan_edit(request: EditRequest, plan: ImagePlan, pipeline: Pipeline) -> ImagePlan:
+    """The plan of a run whose images keep a part of another one."""
+    edit = pipeline.prepare_edit(
+        request.source(),
+        request.mask,
+        box=request.box,
+        outpaint=request.outpaint,
+        fit=request.fit,
+    )
+    return replace(plan, edit=edit, edit_request=request)
 
 
 # ---------------------------------------------------------------------------------- records
@@ -439,7 +498,8 @@ class Traces:
         """
         self._report(f"drawing the steps of {self._plan.file_name(image.index)}")
         pictures = self._pipeline.trace(image)
-        order = f"order {image.order_index} of {image.schedule.count}"
+        which = image.order_index
+        order = "its own order" if which is None else f"order {which} of {image.schedule.count}"
         title = f"{image.class_name}  ·  seed {image.seed}, image {image.index}, {order}"
         drawing = draw_trace(pictures, image.schedule.group_sizes, title)
         paths = self.pictures(image.index)
@@ -498,21 +558,26 @@ def save_token_ids(request: RunRequest, done: Mapping[int, Finished]) -> Path | 
     return path
 
 
-def write_contact_sheet(out: Path, records: list[Record], count: int) -> Path:
-    """Draws the first images, class by class, a row a class where there are several of each."""
+def write_contact_sheet(out: Path, records: list[Record], count: int, edit: Edit | None) -> Path:
+    """Draws the first images, class by class, a row a class where there are several of each.
+
+    Of an edit, what was edited and what it keeps come first.
+    """
     shown = records[:SHEET_IMAGES]
     by_class: dict[int | None, list[Record]] = {}
     for record in shown:
         by_class.setdefault(record["class_id"], []).append(record)
     ordered = [record for group in by_class.values() for record in group]
-    pictures = []
+    pictures, labels = [], [record["class_name"] for record in ordered]
     for record in ordered:
         with Image.open(out / record["file"]) as picture:
             pictures.append(np.asarray(picture.convert("RGB")))
-    labels = [record["class_name"] for record in ordered]
     # Whole classes side by side, as many as are comfortable to look at.
     columns = (
         SHEET_COLUMNS // count * count if count <= SHEET_COLUMNS and len(by_class) > 1 else None
     )
+    if edit:
+        pictures, labels = [edit.original, edit.masked, *pictures], ["original", "mask", *labels]
+        columns = min(len(pictures), SHEET_COLUMNS)
     save_png(np.asarray(contact_sheet(pictures, labels, columns)), out / SHEET)
     return out / SHEET

@@ -24,6 +24,7 @@ from lpd_export.bounds import (
     STRICT,
     Cfg,
     Digest,
+    EditOrder,
     GuidanceSchedule,
     Positive,
     Probability,
@@ -93,7 +94,8 @@ class Record(TypedDict):
     index: Index
     class_id: Annotated[int, Field(ge=0)] | None
     class_name: str
-    order: Annotated[int, Field(ge=0)]
+    order: Annotated[int, Field(ge=0)] | None
+    """Which of the schedule's; None if it was grown from the kept cells of an edit."""
     seed: Seed
     cfg: Cfg
     guidance: GuidanceSchedule
@@ -106,6 +108,14 @@ class Record(TypedDict):
     manifest_sha256: Digest
     token_ids: NotRequired[Any]
     """[cells], raster order; an image whose token ids are damaged is made again."""
+    image: NotRequired[str]
+    """What was edited; this and what follows only of an edit."""
+    image_sha256: NotRequired[Digest]
+    """Of its pixels and token ids as they were taken."""
+    kept: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]*$")]]
+    """Its cells that stay: a bit each, raster order, packed as by `numpy.packbits`, hexadecimal."""
+    edit_order: NotRequired[EditOrder]
+    paste: NotRequired[bool]
 
 
 RECORD = TypeAdapter(Record)

@@ -49,7 +49,7 @@ def test_commands_are_understood(page: Path) -> None:
             found = command.get_command(context, typed.pop(0))
             assert found is not None, line
             command = found
-        known = {name for parameter in command.params for name in parameter.opts}
+        known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
         known |= set(command.get_help_option_names(context)) | {"--help", "--version"}
         for word in typed:
             if re.fullmatch(r"--?[a-z][a-z-]*", word):

@@ -22,10 +22,12 @@ PIPELINE = {
     "close",
     "detokenize",
     "dimensions",
+    "edit",
     "executor",
     "forced_logits",
     "generate",
     "open",
+    "prepare_edit",
     "sampling",
     "stream",
     "teacher_forced_logits",
@@ -41,6 +43,9 @@ WORDS = {
     "run": "BUNDLE --class -n --seed --cfg --guidance --temperature --top-k --top-p --batch "
     "--schedule --steps --device --threads --save-tokens --trace --resume --out "
     "--quiet --verbose --json",
+    "edit": "BUNDLE IMAGE --class --mask --box --outpaint --fit --order --paste -n --seed --cfg "
+    "--guidance --temperature --top-k --top-p --batch --schedule --steps --device --threads "
+    "--save-tokens --trace --resume --out --quiet --verbose --json",
     "verify": "BUNDLE --against --checkpoint --tokenizer --images --seed --threshold --by-layer "
     "--bisect --save-phases --onnx --device --threads --out "
     "--quiet --verbose --json",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -20,14 +21,21 @@ from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import Bundle, Manifest
 from lpd_export.errors import UserError
 from lpd_export.images import BLANK, to_uint8
+from lpd_export.pictures import Fit, Picture, fit_picture, read_picture
 from lpd_export.runtime import teacher_forcing, tokenizer
 from lpd_export.runtime.backends import open_executor
+from lpd_export.runtime.editing import Box, Edit, Source, prepare_edit
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
 from lpd_export.runtime.memory import check_memory
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
-from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
+from lpd_export.runtime.trace import (
+    blank_unfilled,
+    filled_after_steps,
+    given_first,
+    tokens_after_steps,
+)
 from lpd_export.schedule.phases import phase_table
 from lpd_export.schedule.schedule_file import Schedule
 
@@ -171,6 +179,83 @@ class Pipeline:
         )
         requests = [ImageRequest(label, seed, i, sampling) for i, label in enumerate(labels)]
         return list(self.stream(requests, batch=batch, schedule=schedule, progress=progress))
+
+    def edit(
+        self,
+        image: Source,
+        mask: Picture | None = None,
+        classes: Sequence[int | str | None] = (None,),
+        *,
+        box: Box | None = None,
+        outpaint: int | None = None,
+        fit: Fit = "crop",
+        order: str = "locality",
+        paste: bool = True,
+        seed: int = 0,
+        cfg: float | None = None,
+        guidance: GuidanceSchedule | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        batch: int = 1,
+        schedule: Schedule | str | os.PathLike[str] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> list[GeneratedImage]:
+        """Images that keep a part of one, the rest made anew, for each class.
+
+            pipeline.edit("face.png", box=(32, 0, 64, 64), classes=["heart", None])
+
+        Args:
+            image, mask, box, outpaint, fit: as `prepare_edit` takes them.
+            classes: one for each image: ids, names, or None for no class.
+            order: in which the new cells come: "locality", grown from what is kept, or "random".
+            paste: whether kept pixels are the image's own, not the decoder's.
+            seed, cfg, guidance, temperature, top_k, top_p, batch, schedule, progress: as `generate`
+                takes them.
+
+        Raises:
+            UserError: if an argument is out of range, a class unknown, or the image unreadable.
+        """
+        labels = resolve_classes(
+            classes, self.manifest.class_names, self.manifest.model.num_classes
+        )
+        sampling = self.sampling(
+            cfg=cfg, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        edit = self.prepare_edit(image, mask, box=box, outpaint=outpaint, fit=fit)
+        schedule = self.choose_schedule(schedule)
+        requests = edit.requests(labels, seed, sampling, schedule, order)
+        images = self.stream(requests, batch=batch, schedule=schedule, progress=progress)
+        if not paste:
+            return list(images)
+        return [replace(image, pixels=edit.paste(image.pixels)) for image in images]
+
+    def prepare_edit(
+        self,
+        image: Source,
+        mask: Picture | None = None,
+        *,
+        box: Box | None = None,
+        outpaint: int | None = None,
+        fit: Fit = "crop",
+    ) -> Edit:
+        """What is kept of an image, as requests can be made of it: `edit.requests(...)`.
+
+        Args:
+            image: a file or a Pillow image of any size and mode, pixels uint8; a generated image,
+                token ids [S] or a `.npy` of them, whose tokens are exact.
+            mask: white where the image is made anew; a cell is if any of its pixels is.
+            box: instead of a mask: left, top, right, bottom in pixels of the image.
+            outpaint: instead of a mask: the image becomes smaller by so many of the model's pixels
+                on each side, and what surrounds it is new.
+            fit: how image and mask become the model's square: "crop", "pad" or "stretch".
+
+        Raises:
+            UserError: if nothing says what is new, all is kept, or something cannot be read.
+        """
+        return prepare_edit(
+            image, self._dimensions, self.tokenize, self.detokenize, mask, box, outpaint, fit
+        )
 
     def sampling(
         self,
@@ -374,24 +459,31 @@ class Pipeline:
 
         Cells that are not filled yet are blank (`images.BLANK`). What is shown after a step
         follows from the tokens of that step and earlier ones alone; what the decoder is given for
-        the other cells says `trace.tokens_after_steps`. The last picture is the image itself.
+        the other cells says `trace.tokens_after_steps`; given cells are there from the first step
+        on. The last picture is the image itself.
 
         Raises:
             UserError: if the image is not of this model's grid and codebook.
         """
         order, sizes = image.order, image.schedule.group_sizes
+        if image.request.given is not None:
+            order, sizes = given_first(order, sizes, image.request.given >= 0)
         *unfinished, _ = tokens_after_steps(image.token_ids, order, sizes)
         # The last is not decoded again: alone, a GPU may round otherwise than in a batch.
         pictures = [to_uint8(self.detokenize(ids[None]))[0] for ids in unfinished]
         filled = filled_after_steps(order, sizes)
         return blank_unfilled(np.stack([*pictures, image.pixels]), filled, BLANK)
 
-    def tokenize(self, images: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Token ids [B, S] of images [B, 3, height, width] in [-1, 1].
+    def tokenize(self, images: NDArray[np.float32] | Sequence[Picture]) -> NDArray[np.int64]:
+        """Token ids [B, S] of images [B, 3, height, width] in [-1, 1], or of a list of pictures.
 
         Raises:
-            UserError: if the images are not of this model's resolution.
+            UserError: if arrays are not of this model's resolution; pictures are cropped to it.
         """
+        if not isinstance(images, np.ndarray):
+            side = self._dimensions.image_size
+            pixels = np.stack([fit_picture(read_picture(image), side, "crop") for image in images])
+            images = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         return tokenizer.tokenize(self._executor, self._dimensions, images)
 
 

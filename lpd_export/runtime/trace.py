@@ -16,6 +16,23 @@ from numpy.typing import NDArray
 from lpd_export.schedule.orders import step_of_cell
 
 
+def given_first(
+    order: NDArray[np.int64], group_sizes: NDArray[np.int32], given: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The order and the group sizes of an edit in which what is given is there from the first step.
+
+    Later groups hold their new cells alone, which may be none.
+
+    Args:
+        order: [S], the cells in the order of their generation.
+        group_sizes: [K], the cells of each step, S together.
+        given: [S], raster order.
+    """
+    new = ~given[order]
+    ends = given.sum() + np.cumsum(new)[np.cumsum(group_sizes) - 1]
+    return order[np.argsort(new, kind="stable")], np.diff(ends, prepend=0).astype(np.int32)
+
+
 def filled_after_steps(
     order: NDArray[np.integer[Any]], group_sizes: NDArray[np.integer[Any]]
 ) -> NDArray[np.bool_]:
@@ -52,10 +69,11 @@ def tokens_after_steps(
     rows = []
     for group in np.split(order.astype(np.int64), np.cumsum(group_sizes)[:-1]):
         squared = (down[:, None] - down[group]) ** 2 + (right[:, None] - right[group]) ** 2
-        least = squared.min(axis=1)
-        nearer = least < distance
-        nearest[nearer] = group[squared.argmin(axis=1)][nearer]
-        distance[nearer] = least[nearer]
+        if group.size:
+            least = squared.min(axis=1)
+            nearer = least < distance
+            nearest[nearer] = group[squared.argmin(axis=1)][nearer]
+            distance[nearer] = least[nearer]
         rows.append(token_ids[nearest])
     return np.stack(rows)
 

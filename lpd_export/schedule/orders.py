@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpd_export.bounds import Natural, Positive, Seed, checked
+from lpd_export.bounds import EditOrder, Natural, Positive, Seed, checked
 from lpd_export.errors import UserError
 from lpd_export.schedule.phases import Sizes, checked_sizes
 
@@ -22,7 +22,8 @@ _NEIGHBOURS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if d
 _BATCH = 64  # orders grown side by side: enough to drown call overhead, few enough for the cache
 _TIE_BREAK = 0.1  # less than the least gap (0.12) between two different proximity scores
 # The counter's top word: other uses of the same (seed, index) key then draw other numbers.
-_STREAM = int.from_bytes(b"orders", "big")
+_SCHEDULE = int.from_bytes(b"orders", "big")
+_EDIT = int.from_bytes(b"edit", "big")
 
 
 def make_orders(
@@ -79,14 +80,66 @@ def locality_orders(
     array that is true where the first rule took the cell. Raises UserError for a setting out of
     its range. Source: arXiv 2507.01957, the section on locality-aware generation order.
     """
-    cells = checked("the grid", grid, Positive) ** 2
-    sizes = checked_sizes(sizes, cells)
+    sizes = checked_sizes(sizes, checked("the grid", grid, Positive) ** 2)
+    streams = [_stream(seed, index) for index in indices]
+    return _grow(np.zeros(grid * grid, np.bool_), sizes, streams, repulsion, proximity)
+
+
+def edit_orders(
+    sizes: Sizes,
+    kept: NDArray[np.bool_],
+    keys: Sequence[tuple[int, int]],
+    kind: str,
+    repulsion: int = 2,
+    proximity: float = 1.0,
+) -> NDArray[np.int32]:
+    """Orders that have the kept cells first, one for each key (seed, image index): [N, S] int32.
+
+    The kept cells [S] bool come in random order, as in training; then the new ones, grown from them
+    as `locality_orders` grows from what is generated, or if `kind` is "random" in random order.
+    Group sizes stay as they are. Where a step has both, its new cells do not see its kept ones:
+    these are the ones that are farthest from what is new.
+
+    Raises UserError as `make_orders`.
+    """
+    checked("the order of new cells", kind, EditOrder)
+    ends = np.cumsum(checked_sizes(sizes, len(kept)))
+    old, new, grid = np.flatnonzero(kept), np.flatnonzero(~kept), math.isqrt(len(kept))
+    sizes = np.diff(np.maximum(ends, len(old)), prepend=len(old))
+    unseen = len(old) - ends[sizes == 0].max(initial=0)
+    (old_down, old_right), (new_down, new_right) = np.divmod(old, grid), np.divmod(new, grid)
+    squared = (old_down[:, None] - new_down) ** 2 + (old_right[:, None] - new_right) ** 2
+    distance = squared.min(axis=1, initial=2 * len(kept))
+    streams = [_stream(*key, use=_EDIT) for key in keys]
+    first = []
+    for stream in streams:
+        shuffled = stream.permutation(len(old))
+        farthest = np.sort(distance[shuffled].argsort(kind="stable")[len(old) - unseen :])
+        first.append(old[np.append(np.delete(shuffled, farthest), shuffled[farthest])])
+    if kind == "random":
+        then = [stream.permutation(new)[None] for stream in streams]
+    else:
+        some = (streams[start : start + _BATCH] for start in range(0, len(streams), _BATCH))
+        then = [_grow(kept, sizes[sizes > 0], s, repulsion, proximity)[0] for s in some]
+    return np.concatenate([np.stack(first), np.concatenate(then)], axis=1).astype(np.int32)
+
+
+def _grow(
+    kept: NDArray[np.bool_],
+    sizes: NDArray[np.integer[Any]],
+    streams: Sequence[np.random.Generator],
+    repulsion: int,
+    proximity: float,
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """The rule of `locality_orders`, from cells that are there; `sizes` are of the others."""
+    cells = len(kept)
+    grid = math.isqrt(cells)
     repulsion = checked("the repulsion threshold", repulsion, Natural)
     proximity = checked("the proximity threshold", proximity, float)
-    streams = [_stream(seed, index) for index in indices]
     axis, each = np.arange(grid), np.arange(len(streams))
     generated = np.zeros((len(streams), grid + 2, grid + 2))  # a border spares the edge cases
-    orders = np.empty((len(streams), cells), np.int32)
+    generated[:, 1:-1, 1:-1] = kept.reshape(grid, grid)
+    orders = np.empty((len(streams), int(sum(sizes))), np.int32)
     by_proximity = np.empty(orders.shape, np.bool_)
 
     start = 0
@@ -117,10 +170,10 @@ def locality_orders(
     return orders, by_proximity
 
 
-def _stream(seed: int, index: int) -> np.random.Generator:
+def _stream(seed: int, index: int, use: int = _SCHEDULE) -> np.random.Generator:
     """The random numbers of one order, whatever the other orders draw."""
     key = np.array([checked("the seed", seed, Seed), index], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, _STREAM]))
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, use]))
 
 
 def _shifted(bordered: NDArray[Any], down: int, right: int) -> NDArray[Any]:

@@ -85,6 +85,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    given: Tensor | None = None,
 ) -> Generation:
     """Generates B images, step by step (paper section 3.2).
 
@@ -99,6 +100,8 @@ def generate(
         temperature: divides the guided logits.
         top_k: keep this many of the most probable tokens; 1 is greedy.
         top_p: keep the smallest set whose probability reaches this.
+        given: [B, S] int64 in raster order, tokens to take instead of drawing, -1 where to draw:
+            an edit, whose order has the kept cells first.
 
     Raises:
         ValueError: if the group sizes do not sum to the number of cells.
@@ -132,6 +135,9 @@ def generate(
             logits = unconditional + factor * (conditional - unconditional)
         filtered = filter_logits(logits / temperature, top_k, top_p)
         drawn = draw(filtered, uniform[:, first : first + size])
+        if given is not None:
+            kept = given.gather(1, cells_of_step)
+            drawn = torch.where(kept >= 0, kept, drawn)
         token_ids.scatter_(1, cells_of_step, drawn)
         logits_by_step.append(logits)
 

@@ -20,6 +20,7 @@ from lpd_export.errors import UserError
 from lpd_export.files import write_atomically
 from lpd_export.schedule.orders import (
     KINDS,
+    edit_orders,
     locality_orders,
     locality_statistics,
     make_orders,
@@ -41,6 +42,8 @@ PUBLISHED_SIZES = {
 
 # The first orders of grid 4, 5 steps, seed 0: what a seed gives must not change.
 PINNED_LOCALITY = [1, 5, 15, 6, 12, 0, 14, 10, 3, 4, 13, 9, 2, 11, 8, 7]
+PINNED_EDIT = [1, 12, 5, 13, 0, 9, 4, 8, 6, 15, 10, 3, 7, 2, 14, 11]
+PINNED_RANDOM_EDIT = [1, 12, 5, 13, 0, 9, 4, 8, 6, 2, 14, 7, 10, 11, 15, 3]
 PINNED_RANDOM = [10, 14, 1, 15, 8, 4, 2, 7, 9, 13, 5, 11, 6, 0, 3, 12]
 
 grids_and_steps = st.integers(1, 9).flatmap(
@@ -131,12 +134,15 @@ def test_locality_orders_obey_the_rules_step_by_step(
 
 def replay_locality(
     order: list[int],
-    walked: list[bool],
+    walked: list[bool] | None,
     sizes: list[int],
     grid: int,
     repulsion: int,
     proximity: float,
+    kept: int = 0,
 ) -> None:
+    """`kept`: so many cells of the order are there already; sizes are of the others."""
+
     def gaps(one: int, other: int) -> tuple[int, int]:
         return abs(one // grid - other // grid), abs(one % grid - other % grid)
 
@@ -144,7 +150,7 @@ def replay_locality(
         near = [gaps(cell, other) for other in generated if max(gaps(cell, other)) == 1]
         return sum(1 / math.hypot(*gap) for gap in near)
 
-    generated: list[int] = []
+    generated = order[:kept]
     for size in sizes:
         free = set(range(grid * grid)) - set(generated)
         scores = {cell: score(cell) for cell in free}
@@ -156,7 +162,8 @@ def replay_locality(
                 for candidate in near_enough & free
                 if all(max(gaps(candidate, other)) > repulsion for other in taken)
             }
-            assert walked[len(generated) + len(taken)] == bool(open_cells)
+            if walked is not None:
+                assert walked[len(generated) + len(taken)] == bool(open_cells)
             if open_cells:
                 assert cell in open_cells
                 assert scores[cell] == pytest.approx(max(scores[other] for other in open_cells))
@@ -166,6 +173,47 @@ def replay_locality(
             taken.append(cell)
             free.remove(cell)
         generated += taken
+
+
+@given(size_lists, st.integers(0, 2**32), st.integers(0, 4), st.floats(0, 1), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_edit_orders_have_the_kept_cells_first_and_grow_from_them(
+    sizes: list[int], seed: int, repulsion: int, share: float, locality: bool
+) -> None:
+    """The rule of the paper, with what is kept as what is generated, in the schedule's groups."""
+    cells, kind = sum(sizes), "locality" if locality else "random"
+    kept = np.random.default_rng(seed).random(cells) < share
+    kept[0] = False
+    count, keys = int(kept.sum()), [(seed, 0), (seed, 7), (seed + 1, 7)]
+    orders = edit_orders(sizes, kept, keys, kind, repulsion)
+    assert (np.sort(orders, axis=1) == np.arange(cells)).all()
+    assert kept[orders[:, :count]].all()
+    alone = edit_orders(sizes, kept, keys[1:2], kind, repulsion)
+    assert (alone[0] == orders[1]).all()
+    ends = np.cumsum(sizes)
+    new = [
+        int(min(size, end - count)) for size, end in zip(sizes, ends, strict=True) if end > count
+    ]
+    for order in orders:
+        if locality:
+            replay_locality(
+                order.tolist(), None, new, math.isqrt(cells), repulsion, 1.0, kept=count
+            )
+        # Those of the step that makes the first new cells, which they do not see, are far away.
+        unseen = count - max((int(end) for end in ends if end <= count), default=0)
+        down, right = np.abs(
+            np.array(np.divmod(order[:count, None], math.isqrt(cells)))
+            - np.array(np.divmod(order[None, count:], math.isqrt(cells)))
+        )
+        distance = np.hypot(down, right).min(axis=1)
+        if 0 < unseen < count:
+            assert distance[count - unseen :].min() >= distance[: count - unseen].max() - 1e-9
+
+
+def test_edit_orders_do_not_change_between_versions() -> None:
+    kept = np.arange(16) % 4 < 2
+    for kind, pinned in (("locality", PINNED_EDIT), ("random", PINNED_RANDOM_EDIT)):
+        assert edit_orders([1, 2, 3, 4, 6], kept, [(1, 2)], kind)[0].tolist() == pinned
 
 
 @given(grids_and_steps, st.integers(0, 1000), st.integers(0, 4))

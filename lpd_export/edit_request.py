@@ -1,0 +1,89 @@
+"""What an edit is asked for beside what a run is: the image, what of it is made anew, and how.
+
+Loads no torch, so that a mistake is told at once. Does not know how an edit is made.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
+
+from lpd_export.bounds import STRICT, EditOrder
+from lpd_export.errors import UserError
+from lpd_export.pictures import Fit, read_mask, read_picture
+from lpd_export.run_request import RECORD
+
+
+@dataclass(frozen=True, config=STRICT)
+class EditRequest:
+    """What an edit keeps, and how; see `lpd-export edit --help`.
+
+    Raises:
+        UserError: from `check`, for what can be known to be wrong before anything is loaded.
+    """
+
+    image: str
+    """A picture, a `.npy` of token ids, or an earlier image by its record: `images.jsonl:3`."""
+    mask: str | None = None
+    box: tuple[int, int, int, int] | None = None
+    outpaint: int | None = None
+    fit: Fit = "crop"
+    order: EditOrder = "locality"
+    paste: bool = True
+
+    def check(self) -> None:
+        """Raises UserError unless the image and the mask can be read, and say what to do."""
+        how = [name for name in ("mask", "box", "outpaint") if getattr(self, name) is not None]
+        if not how:
+            raise UserError(
+                "say what is to be made anew: --mask FILE, white where the image is to change; "
+                "--box X0,Y0,X1,Y1 in its pixels; or --outpaint PIXELS around it"
+            )
+        if len(how) > 1:
+            raise UserError(f"--{how[0]} and --{how[1]} say two different things: give one of them")
+        source = self.source()
+        if isinstance(source, str) and Path(source).suffix != ".npy":
+            read_picture(source)
+        if self.mask is not None:
+            read_mask(self.mask)
+
+    def source(self) -> str | NDArray[np.int64]:
+        """What is edited: a file, or the token ids [S] of a record."""
+        record = self.record()
+        return self.image if record is None else np.array(record["token_ids"], np.int64)
+
+    def record(self) -> dict[str, Any] | None:
+        """The record of the image, if it is given by one."""
+        given = re.fullmatch(r"(.+\.jsonl)(?::(\d+))?", self.image, re.DOTALL)
+        if not given:
+            return None
+        path, index = given[1], given[2]
+        if index is None:
+            raise UserError(f"{path} has many images: say which, as in {path}:3")
+        try:
+            lines = Path(path).read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        for line in lines:
+            try:
+                record = dict(RECORD.validate_json(line))
+            except ValidationError:
+                continue  # another's, or cut short by a kill
+            if record["index"] == int(index):
+                tokens = record.get("token_ids")
+                if isinstance(tokens, list) and all(type(t) is int for t in tokens):
+                    return record
+        raise UserError(
+            f"{path} has no record of image {index} with its token ids: images are counted from 0"
+        )
+
+    def default_class(self) -> str:
+        """The class of an image that has a record, else none."""
+        record = self.record()
+        return "none" if record is None or record["class_id"] is None else str(record["class_id"])
