@@ -1,31 +1,38 @@
 """TensorRT and TensorRT-RTX: engines run by address, and a whole generation as one CUDA graph.
 
 Knows the half of their API that runs engines, which the two share, and torch's CUDA streams and
-graphs. Does not build engines, know what they compute, or see a value that they compute. What
-TensorRT-RTX has of its own (kernels compiled on this GPU, and a cache of them) is in the
-functions that ask for it with `hasattr`.
+graphs. Does not build engines, know what they compute, or see a value that they compute; how they
+are loaded is in `tensorrt_engine`. What TensorRT-RTX has of its own (kernels compiled on this GPU,
+and a cache of them) is in the functions that ask for it with `hasattr`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import re
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpd_export.errors import GraphError, UserError
 from lpd_export.files import write_atomically
-from lpd_export.formats import BACKENDS
 from lpd_export.runtime.executor import Run
+from lpd_export.runtime.tensorrt_engine import (
+    ShapeRange,
+    choose_profile,
+    deserialize,
+    explain,
+    find_gpu,
+    first_line,
+    import_tensorrt,
+    make_logger,
+    open_runtime,
+)
 
 TORCH_TYPES = {
     "FLOAT": torch.float32,
@@ -36,30 +43,6 @@ TORCH_TYPES = {
 """By the name of TensorRT's DataType."""
 ALIGNMENT = 256
 """Bytes that TensorRT wants addresses to be multiples of."""
-
-PROBLEMS = (
-    (
-        r"MALFORMED_ENGINE|magicTag|header\.size|bufferSize|empty memory buffer",
-        "the file is truncated or not an engine; build the bundle again",
-    ),
-    (
-        r"UNSUPPORTED_CC|incompatible device",
-        "it was built for another GPU architecture; build the bundle again for this one",
-    ),
-    (
-        r"INSUFFICIENT_GPU_MEMORY|out of memory|OutOfMemory",
-        "the GPU has too little free memory; use a smaller --batch, or end what else runs on it",
-    ),
-    (
-        r"OLD_CUDA|CUDA_ERROR|driver|CUDA initialization",
-        "the GPU driver is too old or does not run; update it, and see that nvidia-smi works",
-    ),
-    (
-        r"VERSION_MISMATCH|version",
-        "it was built with another version; install that version, or build the bundle again",
-    ),
-)
-"""What TensorRT's own words mean for the user, the first that matches."""
 
 
 class TensorRTExecutor:
@@ -132,25 +115,23 @@ class TensorRTExecutor:
                 shapes, does not update in place what is bound as input and output at once, or
                 the GPU's memory is too small.
         """
-        binding = Binding(self, graph, self.load(graph), tensors)
-        self._open(binding)
-        self._bindings.add(binding)
-        return binding
-
-    def _open(self, binding: Binding) -> None:
+        engine = self.load(graph)
         with torch.cuda.device(self.device):
-            needed = binding.open(self._runtime_config(binding.engine))
+            binding = Binding(self, graph, engine, tensors)
+            needed = binding.open(self._runtime_config(engine))
             if needed > self._memory.numel():
                 try:
                     self._memory = torch.empty(needed, dtype=torch.uint8, device=self.device)
                 except torch.OutOfMemoryError as error:
                     raise UserError(
-                        f"the GPU has no {needed / 2**20:.0f} MiB free for the {binding.graph} "
+                        f"the GPU has no {needed / 2**20:.0f} MiB free for the {graph} "
                         "engine to work in: use a smaller --batch, or end what else runs on it"
                     ) from error
                 for other in self._bindings:
                     other.use(self._memory)
             binding.use(self._memory)
+        self._bindings.add(binding)
+        return binding
 
     def _runtime_config(self, engine: Any) -> Any:
         """How a context of the engine is to run."""
@@ -160,12 +141,8 @@ class TensorRTExecutor:
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         if hasattr(trt, "CudaGraphStrategy"):
-            # Its own graphs, one a context, are for when ours of all contexts is not possible.
-            config.cuda_graph_strategy = (
-                trt.CudaGraphStrategy.DISABLED
-                if self.records
-                else trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            )
+            # Its own graphs, one a context, would be captured inside ours of all contexts.
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
             # Shapes are few and fixed, and a kernel that came later would miss the recording.
             config.dynamic_shapes_kernel_specialization_strategy = (
                 trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -194,23 +171,16 @@ class TensorRTExecutor:
             ):
                 work()
         except (RuntimeError, UserError) as error:
-            cause = cause_of_failed_capture(error)
-            self._fall_back(first_line(cause))
+            reason = first_line(cause_of_failed_capture(error))
+            self.records = False
+            warnings.warn(
+                "images are generated step by step instead of with one launch of a CUDA graph, "
+                f"which takes longer: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return work
         return partial(_replay, graph, (work, self._memory))
-
-    def _fall_back(self, reason: str) -> None:
-        self.records = False
-        warnings.warn(
-            "images are generated step by step instead of with one launch of a CUDA graph, which "
-            f"takes longer: {reason}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        if hasattr(self.trt, "CudaGraphStrategy"):
-            torch.cuda.synchronize(self.device)  # no context may go while it works
-            for binding in self._bindings:
-                self._open(binding)
 
     def _save_cache(self) -> None:
         """Leaves TensorRT-RTX's compiled kernels for the next process."""
@@ -338,164 +308,6 @@ class Binding:
         return explain(self._executor.logger.take())
 
 
-# ------------------------------------------------------------------------ profiles and shapes
-
-
-class ShapeRange(NamedTuple):
-    """The shapes of one input that an optimization profile takes, axis by axis."""
-
-    least: Sequence[int]
-    optimum: Sequence[int]
-    most: Sequence[int]
-
-    def holds(self, shape: Sequence[int], first_axis: int = 0) -> bool:
-        """Whether it takes a shape, axes before `first_axis` aside."""
-        axes = list(zip(self.least, shape, self.most, strict=True))[first_axis:]
-        return all(least <= size <= most for least, size, most in axes)
-
-    def distance(self, shape: Sequence[int]) -> int:
-        """How far a shape is from the one that the engine is tuned for."""
-        return sum(abs(a - b) for a, b in zip(self.optimum, shape, strict=True))
-
-
-def choose_profile(
-    graph: str,
-    profiles: Sequence[Mapping[str, ShapeRange]],
-    shapes: Mapping[str, Sequence[int]],
-) -> int:
-    """The index of the profile that takes all shapes and is tuned for the nearest ones.
-
-    Args:
-        graph: the engine's name, for the error.
-        profiles: for each the range of every input.
-        shapes: of every input.
-
-    Raises:
-        UserError: if no profile takes them.
-    """
-    misfits = [[n for n, s in shapes.items() if not profile[n].holds(s)] for profile in profiles]
-    distances = [sum(profile[n].distance(s) for n, s in shapes.items()) for profile in profiles]
-    best = min(range(len(profiles)), key=lambda i: (len(misfits[i]), distances[i]))
-    if not misfits[best]:
-        return best
-    ranges, name = profiles[best], misfits[best][0]
-    rows, most = shapes[name][0], ranges[name].most[0]
-    # The batch alone is to blame if every other axis fits.
-    if rows > most and all(ranges[n].holds(shapes[n], first_axis=1) for n in misfits[best]):
-        raise UserError(
-            f"the {graph} engine takes {most} rows at most (an image has 1, or 2 with guidance "
-            f"in decode), not {rows}: use a smaller --batch, or build the bundle with a "
-            f"--max-batch for {rows} rows"
-        )
-    raise UserError(
-        f"the {graph} engine takes {name} of {list(ranges[name].least)} to "
-        f"{list(ranges[name].most)}, not {list(shapes[name])}: use the bundle's own schedule, or "
-        "build a bundle with this one (--schedule)"
-    )
-
-
-# ---------------------------------------------------------------------------- module and files
-
-
-def import_tensorrt(backend: str) -> Any:
-    """The Python module of a backend.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    name = BACKENDS[backend].module
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.replace("_", "-")
-        raise UserError(
-            f"this bundle needs {package}, which does not load here ({first_line(error)}): "
-            f"install it with `pip install {package}`"
-        ) from error
-
-
-def find_gpu(device: str) -> torch.device:
-    """The torch device with its index.
-
-    Raises:
-        UserError: if torch cannot use it.
-    """
-    try:
-        torch.cuda.init()
-        index = torch.device(device).index
-        found = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-        torch.cuda.get_device_properties(found)
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"TensorRT needs an NVIDIA GPU, but torch cannot use {device} here "
-            f"({first_line(error)}): see that nvidia-smi lists it and that torch is a CUDA build, "
-            "or use a bundle built with --backend onnxruntime"
-        ) from error
-    return found
-
-
-def make_logger(trt: Any) -> Any:
-    """An ILogger that prints nothing and keeps the last errors for `take()`."""
-
-    class ErrorKeeper(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self._errors: deque[str] = deque(maxlen=10)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self._errors.append(msg)
-
-        def take(self) -> str:
-            """The errors since the last call, the oldest first."""
-            errors = "\n".join(self._errors)
-            self._errors.clear()
-            return errors
-
-    return ErrorKeeper()
-
-
-def open_runtime(trt: Any, logger: Any) -> Any:
-    """A TensorRT runtime on the current GPU.
-
-    Raises:
-        UserError: if TensorRT does not run with this driver.
-    """
-    try:
-        return trt.Runtime(logger)
-    except (RuntimeError, TypeError) as error:  # what its constructor makes of a null pointer
-        raise UserError(
-            f"{trt.__name__} {trt.__version__} does not start here: "
-            f"{explain(logger.take() or first_line(error))}"
-        ) from error
-
-
-def deserialize(trt: Any, runtime: Any, logger: Any, path: Path, gpu: str) -> Any:
-    """The engine in a file.
-
-    Raises:
-        UserError: if it is damaged, or not for this version and GPU, or too large; `gpu` is the
-            GPU's name, for the error.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    logger.take()
-    engine = runtime.deserialize_cuda_engine(content)
-    if engine is None:
-        reason = logger.take()
-        if hasattr(trt, "EngineInvalidityDiagnostics"):
-            _, flags = runtime.get_engine_validity(content)
-            known = trt.EngineInvalidityDiagnostics.__members__.items()
-            reason = " ".join(name for name, flag in known if flags & flag.value) or reason
-        raise UserError(
-            f"{path} does not load with {trt.__name__} {trt.__version__} on {gpu}: "
-            f"{explain(reason)}"
-        )
-    return engine
-
-
 def load_cache(config: Any, path: Path | None) -> Any:
     """TensorRT-RTX's cache of compiled kernels, filled from a file if there is a fitting one."""
     cache = config.create_runtime_cache()
@@ -504,15 +316,6 @@ def load_cache(config: Any, path: Path | None) -> Any:
         with contextlib.suppress(OSError):
             cache.deserialize(path.read_bytes())
     return cache
-
-
-def explain(reason: str) -> str:
-    """What TensorRT's errors mean and what to do, or their first line where that is unknown."""
-    for pattern, meaning in PROBLEMS:
-        if re.search(pattern, reason, re.IGNORECASE):
-            return meaning
-    line = reason.splitlines()[0] if reason else "TensorRT gives no reason"
-    return f"{line}; build the bundle again"
 
 
 def cause_of_failed_capture(error: BaseException) -> BaseException:
@@ -529,9 +332,3 @@ def cause_of_failed_capture(error: BaseException) -> BaseException:
             "smaller --batch, or end what else runs on it"
         ) from error
     return cause
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line, without a full stop."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")

@@ -18,7 +18,7 @@ from lpd_export.build.profiles import (
     tokenizer_profiles,
 )
 from lpd_export.errors import UserError
-from lpd_export.runtime.tensorrt_executor import ShapeRange, choose_profile
+from lpd_export.runtime.tensorrt_engine import ShapeRange, choose_profile
 from lpd_export.schedule.phases import Phase, group_sizes, phase_table
 
 
