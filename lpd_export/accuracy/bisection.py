@@ -1,4 +1,4 @@
-"""Finds the fewest layers that INT8 must spare for the thresholds to hold.
+"""Finds the fewest layers that must stay in higher precision for the thresholds to hold.
 
 Halves the layers again and again: what is kept in higher precision on trial is quantized, run and
 judged like any bundle. Knows the search and the trials; what is measured of a trial is known to

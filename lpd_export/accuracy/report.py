@@ -56,7 +56,7 @@ _LARGEST_SIDE = 320  # pixels: how wide an image is on the page at most
 
 
 def print_table(verification: Verification, console: Console) -> None:
-    """Shows every phase's worst values, the verdict, and where the error grows if it is known.
+    """Shows what is quantized, every phase's worst values, the verdict, and where the error grows.
 
     Values beyond their limit are red and followed by it. Where many phases pass, neighbouring
     ones that do share a row, with the worst values of them. Without a terminal it is plain text.
@@ -64,6 +64,8 @@ def print_table(verification: Verification, console: Console) -> None:
     """
     limits = verification.limits.by_metric
     metrics = _decode_metrics(verification)
+    if verification.quantized:
+        console.print(Text(f"{verification.quantized}\n"), soft_wrap=True)
     if metrics:
         headings = (
             textwrap.fill(METRICS[metric].title, 7, break_long_words=False) for metric in metrics

@@ -68,7 +68,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Bisection:
-    """Which layers of one graph INT8 must spare for the thresholds to hold."""
+    """Which layers of one graph must stay in higher precision for the thresholds to hold."""
 
     graph: str
     layers: int
@@ -114,6 +114,8 @@ class Verification:
     name: str
     precision: str
     backend: str
+    quantized: str
+    """How many layers of each graph are quantized; empty if none."""
     against: str
     """`reference`, or the other bundle's folder."""
     ran: str

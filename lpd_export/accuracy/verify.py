@@ -31,6 +31,7 @@ from lpd_export.accuracy.report import write_report
 from lpd_export.accuracy.request import KEPT_LAYERS, POLYGRAPHY, VerifyRequest, new_report
 from lpd_export.accuracy.results import Measurement, Step, Verification
 from lpd_export.accuracy.thresholds import Limits
+from lpd_export.bundle.inspection import quantized_line
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.formats import PRECISIONS, QUANTIZED
@@ -102,6 +103,7 @@ def compare(context: Context) -> Verification:
         name=manifest.name,
         precision=manifest.precision,
         backend=manifest.backend,
+        quantized=quantized_line(manifest),
         against=request.against,
         ran=context.actual.ran,
         images=request.images,

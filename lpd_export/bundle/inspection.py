@@ -6,6 +6,12 @@ from collections.abc import Iterator
 
 from lpd_export.bundle.manifest import Bundle, Made, Manifest
 
+GRAPH_TITLES = {
+    "decode": "decode",
+    "detokenize": "tokenizer decoder",
+    "tokenize": "tokenizer encoder",
+}
+
 
 def class_lines(manifest: Manifest) -> Iterator[str]:
     """A line for each class: its id and its names."""
@@ -18,6 +24,8 @@ def report_lines(bundle: Bundle, batch: int = 1) -> Iterator[str]:
     """The model, how it is run, the memory a batch needs, its phases, engines and files."""
     manifest = bundle.manifest
     model, tokenizer, made = manifest.model, manifest.tokenizer, manifest.made
+    if quantized := quantized_line(manifest):
+        yield quantized
     yield f"{manifest.name}: {manifest.resolution} px in {len(manifest.phases)} steps"
     facts = {
         "model": f"width {model.dim}, {model.depth} blocks, {model.heads} heads of "
@@ -39,10 +47,11 @@ def report_lines(bundle: Bundle, batch: int = 1) -> Iterator[str]:
         yield f"  {name:10} {value}"
     yield from calibration_lines(manifest)
     yield ""
-    yield f"  phases     {'':4} context  queries  cache rows written"
+    yield f"  {'phases':10} step  name      context  queries  cache rows written"
     for phase in manifest.phases:
         rows = f"{phase.write_index} to {phase.write_index + phase.tokens - 1}"
-        yield f"  {'':10} {phase.index:4} {phase.context:8} {phase.queries:8}  {rows}"
+        step = phase.index + 1  # names are those of files, which count from 0
+        yield f"  {'':10} {step:4}  {phase.name} {phase.context:8} {phase.queries:8}  {rows}"
     yield ""
     yield from engine_lines(manifest)
     yield "  files, all whole:"
@@ -55,6 +64,16 @@ def report_lines(bundle: Bundle, batch: int = 1) -> Iterator[str]:
         yield f"  {size / 1e6:10.2f} MB  {phases[0]} to {phases[-1].rsplit('/', 1)[1]}"
     total = sum(file.size for file in manifest.files.values())
     yield f"  {total / 1e6:10.2f} MB  in all"
+
+
+def quantized_line(manifest: Manifest) -> str:
+    """How many layers of each graph are quantized, as was decided; empty if none can be."""
+    kind, dash, rest = manifest.precision.partition("-")
+    return "; ".join(
+        f"{GRAPH_TITLES[graph]}: {decided['layers'] - len(decided['kept'])} of "
+        f"{decided['layers']} layers {kind.upper()}{dash and ' '}{rest}"
+        for graph, decided in manifest.calibration.get("quantization", {}).items()
+    )
 
 
 def weights_line(made: Made) -> str:
@@ -80,7 +99,7 @@ def memory_line(manifest: Manifest, batch: int) -> str:
 
 
 def calibration_lines(manifest: Manifest) -> Iterator[str]:
-    """What was measured of the precision, and which layers it spares."""
+    """What was measured of the precision, and which layers it leaves in higher precision."""
     for graph, worst in manifest.calibration.get("largest_values", {}).items():
         name = "ranges" if graph == "decode" else ""
         yield f"  {name:10} {graph}: at most {worst['magnitude']:.4g}, in {worst['value']}"
@@ -88,12 +107,12 @@ def calibration_lines(manifest: Manifest) -> Iterator[str]:
         name = manifest.precision if graph == "decode" else ""
         kept = list(decision["kept"])
         yield (
-            f"  {name:10} {graph}: {decision['layers'] - len(kept)} of {decision['layers']} "
-            f"layers; {decision['measure']} {decision['value']:.3g}, limit {decision['limit']:g}"
+            f"  {name:10} {graph}: {decision['measure']} {decision['value']:.3g}, limit "
+            f"{decision['limit']:g}"
         )
         if kept:
             more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
-            yield f"  {'':10} spared as the noisiest: {', '.join(kept[:3])}{more}"
+            yield f"  {'':10} in higher precision, the noisiest: {', '.join(kept[:3])}{more}"
 
 
 def engine_lines(manifest: Manifest) -> Iterator[str]:

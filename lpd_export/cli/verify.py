@@ -44,7 +44,7 @@ from lpd_export.cli.progress import stages
 @click.option(
     "--by-layer", is_flag=True, help="Also compare the output of every layer, on the CPU."
 )
-@click.option("--bisect", is_flag=True, help="INT8: find the fewest layers that must be spared.")
+@click.option("--bisect", is_flag=True, help="Find the fewest layers that must not be quantized.")
 @click.option(
     "--save-phases",
     metavar="PHASE,...|all|none",

@@ -1,4 +1,4 @@
-"""`verify --bisect` finds layers that INT8 must spare, and `build --keep-layers` spares them."""
+"""`verify --bisect` finds the layers that quantization must leave out, `build` leaves them out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from lpd_export.accuracy.bisection import Bisector, save_kept_layers, smallest_s
 from lpd_export.accuracy.results import Bisection
 from lpd_export.build.request import read_recipe
 from lpd_export.build.settings import Source
+from lpd_export.bundle.inspection import GRAPH_TITLES
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
+from lpd_export.formats import FLOAT32
 from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.writer import read_kept_layers
 
@@ -231,7 +233,7 @@ def quantized_layers(bundle: Path, graph: str) -> dict[str, bool]:
     return layers
 
 
-def test_the_layers_are_found_and_told(bundle: Path, found: Found) -> None:
+def test_the_layers_are_found_and_listed(bundle: Path, found: Found) -> None:
     assert found.said.code == 1, found.said  # of the bundle as it is
     layers = {graph: quantized_layers(bundle, graph) for graph in GRAPH_NAMES}
     decode = found.by_graph["decode"]
@@ -279,22 +281,29 @@ def test_the_layers_are_found_and_told(bundle: Path, found: Found) -> None:
     assert f"detokenize: all {detokenize['layers']} layers can be quantized" in lines
 
 
-def test_a_build_spares_exactly_these_layers_and_holds_the_limit(
+def test_a_build_keeps_exactly_these_layers_and_holds_the_limit(
     bundle: Path, found: Found, limit: float, int8_build: list[object], tmp_path: Path
 ) -> None:
-    spared = tmp_path / "spared"
-    said = answer(*int8_build, "--keep-layers", found.out / "keep_layers.json", "--out", spared)
+    kept = tmp_path / "kept"
+    said = answer(*int8_build, "--keep-layers", found.out / "keep_layers.json", "--out", kept)
     assert said.code == 0, said
-    decided = Bundle.open(spared).manifest.calibration["quantization"]
+    decided = Bundle.open(kept).manifest.calibration["quantization"]
     for graph in GRAPH_NAMES:
-        layers = quantized_layers(spared, graph)
+        layers = quantized_layers(kept, graph)
         exact = {node for node, quantized in layers.items() if not quantized}
         assert exact == set(found.kept[graph])
         assert list(decided[graph]["kept"]) == found.kept[graph]
         assert list(layers) == list(quantized_layers(bundle, graph))
+    counts = [
+        f"{title}: {sum(layers.values())} of {len(layers)} layers INT8"
+        for graph, title in GRAPH_TITLES.items()
+        for layers in [quantized_layers(kept, graph)]
+    ]
+    assert answer("inspect", kept).out.splitlines()[0] == "; ".join(counts)
     out = tmp_path / "out"
-    said = answer("verify", spared, *limited(limit), "--out", out)
+    said = answer("verify", kept, *limited(limit), "--out", out)
     assert said.code == 0, said
+    assert said.out.splitlines()[0] == "; ".join(counts)
     assert 0 < sequence_kl(out) <= limit
     # Without the layer that matters most, it does not hold.
     fewer = tmp_path / "fewer.json"
@@ -311,18 +320,18 @@ def test_graphs_that_are_not_named_are_decided_as_ever(
 ) -> None:
     """And a recipe names the file relative to itself."""
     (tmp_path / "layers").mkdir()
-    kept = "head/MatMul"
-    (tmp_path / "layers/mine.json").write_text(json.dumps({"decode": [kept]}))
+    layer = "head/MatMul"
+    (tmp_path / "layers/mine.json").write_text(json.dumps({"decode": [layer]}))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('keep-layers = "layers/mine.json"\nsteps = 4\nprecision = "int8"\n')
     assert read_recipe(recipe)["keep_layers"] == str(tmp_path / "layers/mine.json")
     *_, checkpoint, _, tokenizer, _, _, _, _ = int8_build
     files = ["--checkpoint", checkpoint, "--tokenizer", tokenizer]
     assert answer("build", recipe, *files).code == 0
-    spared = tmp_path / "recipe"
+    made = tmp_path / "recipe"
     for graph in GRAPH_NAMES:
-        layers, usual = quantized_layers(spared, graph), quantized_layers(bundle, graph)
-        expected = usual | {kept: False} if graph == "decode" else usual
+        layers, usual = quantized_layers(made, graph), quantized_layers(bundle, graph)
+        expected = usual | {layer: False} if graph == "decode" else usual
         assert layers == expected
 
 
@@ -353,7 +362,7 @@ def test_an_answer_that_fails_as_a_whole_is_searched_again(
         judged.append(whole)
         return not any(quantized[layer] for layer, late in wanted.items() if whole or not late)
 
-    bisector = Bisector(small_bundle / "onnx", tmp_path / "onnx", "fp32", judge, lines.append)
+    bisector = Bisector(small_bundle / "onnx", tmp_path / "onnx", FLOAT32, judge, lines.append)
     found = bisector.search("decode", layers)
     assert found.kept is not None
     assert set(found.kept) == set(wanted)
@@ -428,7 +437,7 @@ def test_layers_that_cannot_be_kept(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_only_int8_spares_layers(int8_build: list[object], tmp_path: Path, precision: str) -> None:
+def test_only_int8_keeps_layers(int8_build: list[object], tmp_path: Path, precision: str) -> None:
     file = tmp_path / "layers.json"
     file.write_text("{}")
     command = [*int8_build[:-1], precision, "--keep-layers", file, "--out", tmp_path / "out"]

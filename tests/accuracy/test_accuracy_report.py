@@ -93,6 +93,7 @@ def made_up(
             "name": "lpd-emoji32",
             "precision": precision,
             "backend": "onnxruntime",
+            "quantized": "",
             "against": "reference",
             "ran": "ONNX Runtime 1.31.1, cpu",
             "images": 8,
