@@ -455,7 +455,8 @@ def test_a_recipe_that_names_no_file(tmp_path: Path) -> None:
     assert said.startswith(
         f"{recipe}, line 2: keep-layers must be text in quotes, but it is ['head"
     )
+    (tmp_path / "a.pth").touch()
     recipe.write_text("checkpoint = 'a.pth'\nprecision = 'int8'\nkeep-layers = 'gone.json'\n")
     said = mistake("build", recipe)
     assert said == f"cannot read --keep-layers {tmp_path / 'gone.json'}: No such file or directory"
-    assert entries(tmp_path) == ["recipe.toml"]
+    assert entries(tmp_path) == ["a.pth", "recipe.toml"]
