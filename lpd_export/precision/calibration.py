@@ -3,7 +3,8 @@
 A graph is given one more output, a vector of measurements; a `Recorder` around the executor binds
 it and combines what it gets over all runs. The generator then runs as always, so that what is
 measured is real decode phases, both guidance rows, several classes, and images that the model
-made. Knows how to measure; what follows from it is decided in `casting` and `sensitivity`.
+made. Knows how to measure; what follows from it is decided in `casting`, `equalization` and
+`sensitivity`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
 from lpd_export.graphs import export
+from lpd_export.precision.equalization import balances, best_scale
 from lpd_export.precision.quantization import CLIPPING, Layer, quantizable_layers, simulate_layer
 from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -34,6 +36,8 @@ FEWEST_IMAGES, MOST_IMAGES = 4, 16
 """Generated in each measuring pass; the fewest are enough from FULL_RESOLUTION on."""
 FULL_RESOLUTION = 256
 BATCH = 2
+ROWS_KEPT = 16
+"""Of each normalization's output, in each step of a batch."""
 SEED = 2**63
 """Of these images: far from the seeds that users choose."""
 
@@ -41,13 +45,24 @@ Measured = dict[str, dict[str, float]]
 """A number for each name, for each graph."""
 
 
+@dataclass
+class Instruments:
+    """What a graph gives besides its own outputs."""
+
+    scalars: dict[str, ir.Value]
+    """Combined over all runs."""
+    matrices: dict[str, ir.Value] = field(default_factory=dict)
+    """Each [rows, columns], of which the rows of all runs are kept."""
+
+
 class Recorder:
-    """An executor that also combines the measurements of all runs.
+    """An executor that also combines the measurements of all runs, and keeps matrices.
 
     Args:
         executor: of graphs with the output MEASUREMENTS.
         names: of the entries, for each graph.
         combine: torch.maximum or torch.add; both hand on NaN, so that it is never forgotten.
+        matrices: [rows, columns] of the outputs to keep by name, for each graph.
     """
 
     records = False
@@ -57,9 +72,12 @@ class Recorder:
         executor: Executor,
         names: Mapping[str, Sequence[str]],
         combine: Callable[[Tensor, Tensor], Tensor],
+        matrices: Mapping[str, Mapping[str, tuple[int, ...]]],
     ) -> None:
         self._executor = executor
         self._names = names
+        self._matrices = matrices
+        self._kept: dict[str, list[Tensor]] = {}
         self._combine = combine
         self._values = {graph: torch.zeros(len(entries)) for graph, entries in names.items()}
 
@@ -82,12 +100,18 @@ class Recorder:
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         now = torch.zeros_like(self._values[graph], device=self.device)
-        run = self._executor.bind(graph, {**tensors, MEASUREMENTS: now})
-        return partial(self._run, graph, run, now)
+        matrices = {
+            name: torch.zeros(shape, device=self.device)
+            for name, shape in self._matrices[graph].items()
+        }
+        run = self._executor.bind(graph, {**tensors, MEASUREMENTS: now, **matrices})
+        return partial(self._run, graph, run, now, matrices)
 
-    def _run(self, graph: str, run: Run, now: Tensor) -> None:
+    def _run(self, graph: str, run: Run, now: Tensor, matrices: Mapping[str, Tensor]) -> None:
         run()
         self._values[graph] = self._combine(self._values[graph], now.cpu())
+        for name, matrix in matrices.items():
+            self._kept.setdefault(name, []).append(matrix.cpu().clone())
 
     def measured(self) -> Measured:
         """Everything so far."""
@@ -95,6 +119,10 @@ class Recorder:
             graph: dict(zip(names, self._values[graph].tolist(), strict=True))
             for graph, names in self._names.items()
         }
+
+    def kept(self) -> dict[str, Tensor]:
+        """Each matrix, the rows of all runs one below the other."""
+        return {name: torch.cat(matrices) for name, matrices in self._kept.items()}
 
 
 def add_measurements(model: ir.Model, scalars: Mapping[str, ir.Value]) -> list[str]:
@@ -112,6 +140,14 @@ def add_measurements(model: ir.Model, scalars: Mapping[str, ir.Value]) -> list[s
     return list(scalars)
 
 
+def add_outputs(model: ir.Model, matrices: Mapping[str, ir.Value]) -> dict[str, tuple[int, ...]]:
+    """Gives matrices out under their names; returns their shapes."""
+    for name, value in matrices.items():
+        value.name, value.dtype = name, ir.DataType.FLOAT
+        model.graph.outputs.append(value)
+    return {name: value.shape.numpy() for name, value in matrices.items() if value.shape}
+
+
 def largest_magnitudes(model: ir.Model) -> dict[str, ir.Value]:
     """For each float value that a node computes, nodes for its largest magnitude.
 
@@ -126,6 +162,48 @@ def largest_magnitudes(model: ir.Model) -> dict[str, ir.Value]:
         graph.extend([magnitude, largest])
         scalars[str(value.name)] = largest.outputs[0]
     return scalars
+
+
+def largest_of_channels(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """[1, channels] of a value [..., channels]: the largest magnitude of each."""
+    magnitude = ir.node("Abs", [_as_rows(graph, value)])
+    axes = _constant(graph, "largest_of_channels/axes", [0])
+    largest = ir.node("ReduceMax", [magnitude.outputs[0], axes], {"keepdims": 1})
+    graph.extend([magnitude, largest])
+    largest.outputs[0].shape = ir.Shape([1, _channels(value)])
+    return largest.outputs[0]
+
+
+def some_rows(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """[ROWS_KEPT, channels] of a value [..., channels]: rows at equal distances."""
+    rows = _as_rows(graph, value)
+    count = ir.node("Shape", [rows], {"start": 0, "end": 1})
+    number = ir.node("Cast", count.outputs, {"to": int(ir.DataType.FLOAT)})
+    places = [(i + 0.5) / ROWS_KEPT for i in range(ROWS_KEPT)]
+    place = ir.node("Mul", [number.outputs[0], _constant(graph, "some_rows/places", places)])
+    index = ir.node("Cast", place.outputs, {"to": int(ir.DataType.INT64)})
+    chosen = ir.node("Gather", [rows, index.outputs[0]], {"axis": 0})
+    graph.extend([count, number, place, index, chosen])
+    chosen.outputs[0].shape = ir.Shape([ROWS_KEPT, _channels(value)])
+    return chosen.outputs[0]
+
+
+def _as_rows(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    shape = [-1, _channels(value)]
+    rows = ir.node("Reshape", [value, _constant(graph, f"rows_of_{shape[1]}/shape", shape)])
+    graph.append(rows)
+    return rows.outputs[0]
+
+
+def _channels(value: ir.Value) -> int:
+    assert value.shape is not None
+    return int(value.shape[-1])  # type: ignore[arg-type]
+
+
+def _constant(graph: ir.Graph, name: str, content: Sequence[int] | Sequence[float]) -> ir.Value:
+    if name not in graph.initializers:
+        graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(content, name=name)))
+    return graph.initializers[name]
 
 
 def sum_of_squares(graph: ir.Graph, value: ir.Value) -> ir.Value:
@@ -173,6 +251,10 @@ class Calibration:
 
     ranges: Measured
     """The largest magnitude of each value, for each graph."""
+    channels: dict[str, list[float]]
+    """The largest magnitude of each channel of what the decode graph's normalizations give."""
+    scales: dict[str, list[float]] = field(default_factory=dict)
+    """What INT8 divides these channels by; `ranges` and `channels` are as they were before."""
     layers: dict[str, dict[str, LayerMeasurement]] = field(default_factory=dict)
     """For each graph, for each layer's node; only measured for INT8."""
 
@@ -186,7 +268,7 @@ class Calibration:
             graph: {node: LayerMeasurement(**entry) for node, entry in entries.items()}
             for graph, entries in values["layers"].items()
         }
-        return cls(values["ranges"], layers)
+        return cls(values["ranges"], values["channels"], values["scales"], layers)
 
 
 class Calibrator:
@@ -208,13 +290,42 @@ class Calibrator:
             manifest.model.num_classes, calibration_images(manifest.resolution)
         )
 
-    def ranges(self) -> Measured:
-        """The largest magnitude of every value."""
-        return self._measure(lambda graph, model: largest_magnitudes(model), torch.maximum)
+    def survey(self, with_scales: bool) -> Calibration:
+        """The largest magnitude of every value and channel; for INT8, the scales of the channels.
+
+        Layers are not among it.
+        """
+
+        def instrument(graph: str, model: ir.Model) -> Instruments:
+            found = balances(model)  # while nothing else reads what they give
+            instruments = Instruments(largest_magnitudes(model))
+            values = {value.name: value for node in model.graph for value in node.outputs}
+            for balance in found:
+                output = values[balance.output]
+                instruments.matrices[f"{balance.name}/largest"] = largest_of_channels(
+                    model.graph, output
+                )
+                if with_scales:
+                    instruments.matrices[f"{balance.name}/rows"] = some_rows(model.graph, output)
+            return instruments
+
+        recorder = self._measure(instrument, torch.maximum)
+        kept = recorder.kept()
+        model = ir.load(self._graphs / "decode.onnx")
+        found = balances(model)
+        largest = {b.name: kept[f"{b.name}/largest"].amax(dim=0) for b in found}
+        scales: dict[str, list[float]] = {}
+        if with_scales:
+            for balance in found:
+                rows = kept[f"{balance.name}/rows"]
+                scale = best_scale(rows, largest[balance.name], balance.weights())
+                scales[balance.name] = scale.tolist()
+        channels = {norm: values.tolist() for norm, values in largest.items()}
+        return Calibration(recorder.measured(), channels, scales)
 
     def layers(self, ranges: Measured) -> dict[str, dict[str, LayerMeasurement]]:
         """Activation ranges and noise of every layer that could be quantized."""
-        tried = self._measure(partial(self._clipping_errors, ranges=ranges), torch.add)
+        tried = self._measure(partial(self._clipping_errors, ranges=ranges), torch.add).measured()
         chosen: Measured = {}
         for graph, errors in tried.items():
             best: dict[str, tuple[float, float]] = {}
@@ -226,7 +337,7 @@ class Calibrator:
                 node: clipping * ranges[graph].get(activations[node], 1.0)
                 for node, (_, clipping) in best.items()
             }
-        noise = self._measure(partial(self._noise, ranges=chosen), torch.add)
+        noise = self._measure(partial(self._noise, ranges=chosen), torch.add).measured()
         return {
             graph: {
                 node: LayerMeasurement(
@@ -242,7 +353,7 @@ class Calibrator:
         return quantizable_layers(ir.load(self._graphs / f"{graph}.onnx"))
 
     @staticmethod
-    def _clipping_errors(graph: str, model: ir.Model, ranges: Measured) -> dict[str, ir.Value]:
+    def _clipping_errors(graph: str, model: ir.Model, ranges: Measured) -> Instruments:
         """Squared error of each layer's activation, for each place to cut it off."""
         scalars = {}
         for layer in quantizable_layers(model):
@@ -251,10 +362,10 @@ class Calibrator:
                 rounded, exact = simulate_layer(model, layer, clipping * largest, weight=False)
                 error = difference(model.graph, rounded, exact)
                 scalars[f"{layer.node}@{clipping}"] = sum_of_squares(model.graph, error)
-        return scalars
+        return Instruments(scalars)
 
     @staticmethod
-    def _noise(graph: str, model: ir.Model, ranges: Measured) -> dict[str, ir.Value]:
+    def _noise(graph: str, model: ir.Model, ranges: Measured) -> Instruments:
         """Squared error and squared magnitude of each layer's output."""
         scalars = {}
         for layer in quantizable_layers(model):
@@ -262,21 +373,23 @@ class Calibrator:
             error = difference(model.graph, rounded, exact)
             scalars[f"{layer.node}@error"] = sum_of_squares(model.graph, error)
             scalars[f"{layer.node}@signal"] = sum_of_squares(model.graph, exact)
-        return scalars
+        return Instruments(scalars)
 
     def _measure(
         self,
-        instrument: Callable[[str, ir.Model], dict[str, ir.Value]],
+        instrument: Callable[[str, ir.Model], Instruments],
         combine: Callable[[Tensor, Tensor], Tensor],
-    ) -> Measured:
+    ) -> Recorder:
         """Generates, decodes and encodes images with instrumented graphs."""
-        models, names = {}, {}
+        models, names, matrices = {}, {}, {}
         for graph in GRAPH_NAMES:
             models[graph] = ir.load(self._graphs / f"{graph}.onnx")
-            names[graph] = add_measurements(models[graph], instrument(graph, models[graph]))
+            instruments = instrument(graph, models[graph])
+            names[graph] = add_measurements(models[graph], instruments.scalars)
+            matrices[graph] = add_outputs(models[graph], instruments.matrices)
         export.write_models(models, self._scratch)
         files = {graph: self._scratch / f"{graph}.onnx" for graph in models}
-        recorder = Recorder(OnnxRuntimeExecutor(files), names, combine)
+        recorder = Recorder(OnnxRuntimeExecutor(files), names, combine, matrices)
         pipeline = Pipeline(self._manifest, self._schedule, recorder)
         images = pipeline.generate(self._labels, seed=SEED, batch=BATCH)
         for image in images:
@@ -284,4 +397,4 @@ class Calibrator:
             pipeline.tokenize(np.clip(pixels, -1, 1))
         for file in self._scratch.iterdir():
             file.unlink()
-        return recorder.measured()
+        return recorder

@@ -26,7 +26,7 @@ from lpd_export.files import cache_folder, sha256, write_atomically
 from lpd_export.formats import BACKENDS, FLOAT32, PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision import calibration as calibration_module
-from lpd_export.precision import quantization
+from lpd_export.precision import equalization, quantization
 from lpd_export.precision.calibration import (
     BATCH,
     SEED,
@@ -34,7 +34,8 @@ from lpd_export.precision.calibration import (
     Calibrator,
     calibration_images,
 )
-from lpd_export.precision.casting import check_ranges, lower
+from lpd_export.precision.casting import HEADROOM, check_ranges, lower
+from lpd_export.precision.equalization import equalize_graphs, equalized_ranges, range_scales
 from lpd_export.precision.quantization import CLIPPING, LEVELS, quantize
 from lpd_export.precision.sensitivity import Chooser
 from lpd_export.progress import Report
@@ -43,6 +44,7 @@ from lpd_export.schedule.schedule_file import Schedule
 
 MEASURING = (
     calibration_module,
+    equalization,
     quantization,
     generator,
     onnxruntime_executor,
@@ -118,7 +120,10 @@ def calibrate(
     with_layers: bool,
     report: Report,
 ) -> Calibration:
-    """Measures FP32 graphs at work, or takes what was measured of these very graphs before.
+    """Measures FP32 graphs at work, and equalizes the channels of the decode graph in place.
+
+    What was measured of these very graphs before is taken instead. For INT8 all channels are
+    equalized, for other precisions those of a normalization that the float type could not hold.
 
     Args:
         exact: a folder with the FP32 ONNX files.
@@ -126,30 +131,50 @@ def calibrate(
         manifest, schedule: of the bundle.
         with_layers: whether to measure what quantizing each layer does.
         report: called with a line at the start of each stage.
+
+    Returns:
+        What was measured, of the graphs as they are now.
     """
     known = cache_folder() / (
         f"calibration-{_content_key(exact, manifest, schedule, with_layers)}.json"
     )
-    if known.is_file():
-        try:
-            calibration = Calibration.from_json(known.read_text(encoding="utf-8"))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            report(f"{known} is damaged: measuring again")
-        else:
-            report(f"taking measured ranges from {known}")
-            return calibration
+    kept = _read_calibration(known, report)
     calibrator = Calibrator(exact, scratch, manifest, schedule)
-    report("measuring the range of every value at work")
-    calibration = Calibration(calibrator.ranges())
+    if kept is None:
+        report("measuring the range of every value at work")
+    measured = kept or calibrator.survey(with_layers)
+    decode = ir.load(exact / "decode.onnx")
+    limit = PRECISIONS[manifest.precision].float_type(manifest.backend).largest / HEADROOM
+    scales = measured.scales or range_scales(decode, measured.channels, limit)
+    ranges = equalized_ranges(decode, measured.ranges["decode"], measured.channels, scales)
+    equalized = dataclasses.replace(measured, ranges=measured.ranges | {"decode": ranges})
+    if scales:
+        report(f"equalizing the channels of {len(scales)} normalizations")
+        equalize_graphs(exact, scales)
+    if kept is not None:
+        return equalized
     if with_layers:
         report("measuring the noise of every quantized layer")
-        layers = calibrator.layers(calibration.ranges)
-        calibration = Calibration(calibration.ranges, layers)
+        equalized = dataclasses.replace(equalized, layers=calibrator.layers(equalized.ranges))
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, calibration.to_json().encode())
+        as_measured = dataclasses.replace(equalized, ranges=measured.ranges)
+        write_atomically(known, as_measured.to_json().encode())
     except (OSError, UserError) as error:
         report(f"what was measured is not kept for the next build: {error}")
+    return equalized
+
+
+def _read_calibration(file: Path, report: Report) -> Calibration | None:
+    """What an earlier build measured, if it is there and whole."""
+    if not file.is_file():
+        return None
+    try:
+        calibration = Calibration.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        report(f"{file} is damaged: measuring again")
+        return None
+    report(f"taking measured ranges from {file}")
     return calibration
 
 
