@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lpd_export.images import contact_sheet, save_png, to_uint8
-from lpd_export.schedule.orders import make_orders
+from lpd_export.schedule.orders import KINDS, make_orders
 from lpd_export.schedule.phases import group_sizes
 from lpd_reference import LPD, LPDConfig, VQTokenizer, generate, load_tokenizer
 from training.command import (
@@ -92,17 +92,22 @@ SHEET_SEED = 0
     help="Share of the samples that get the null condition.",
 )
 @click.option(
-    "--locality-share",
-    type=click.FloatRange(0, 1),
-    default=0.5,
+    "--orders",
+    default="random:1,locality:1",
     show_default=True,
-    help="Share of the samples whose order is locality-aware; the others' is random.",
+    help="Kinds of generation order that are trained for, each with how often; raster is another.",
 )
 @click.option(
     "--schedules",
     default="20:3,32:3,256:1,64:1,12:1,8:1",
     show_default=True,
     help="Decoding steps that are trained for, each with how often.",
+)
+@click.option(
+    "--mutual-visibility/--each-query-alone",
+    default=True,
+    show_default=True,
+    help="Whether the queries of a step see one another.",
 )
 @click.option("--cfg", default=3.0, show_default=True, help="Guidance of the sheet of samples.")
 @execution_options
@@ -115,8 +120,9 @@ def main(
     dropout: float,
     balance: float,
     null_share: float,
-    locality_share: float,
+    orders: str,
     schedules: str,
+    mutual_visibility: bool,
     cfg: float,
 ) -> None:
     """Trains an LPD on a folder of images and a trained tokenizer."""
@@ -150,7 +156,8 @@ def main(
         balance=balance,
         null_share=null_share,
         dropout=dropout,
-        locality_share=locality_share,
+        order_weights=read_orders(orders),
+        mutual_visibility=mutual_visibility,
     )
 
     def preview(step: int, model: nn.Module) -> None:
@@ -162,15 +169,29 @@ def main(
 
 def read_schedules(text: str) -> dict[int, float]:
     """How often each number of steps is trained for, of `STEPS:WEIGHT,...`."""
+    weights = read_weights("--schedules", text)
+    if not all(steps.isdecimal() for steps in weights):
+        raise TrainingError(f"--schedules {text!r} is not of the form STEPS:WEIGHT,...")
+    return {int(steps): weight for steps, weight in weights.items()}
+
+
+def read_orders(text: str) -> dict[str, float]:
+    """How often each kind of order is trained for, of `KIND:WEIGHT,...`."""
+    weights = read_weights("--orders", text)
+    if not weights.keys() <= set(KINDS):
+        raise TrainingError(f"--orders {text!r} holds other kinds than {', '.join(KINDS)}")
+    return weights
+
+
+def read_weights(option: str, text: str) -> dict[str, float]:
+    """Weights above 0 by name, of `NAME:WEIGHT,...`."""
     try:
         pairs = [pair.split(":") for pair in text.split(",")]
-        weights = {int(steps): float(weight) for steps, weight in pairs}
+        weights = {name.strip(): float(weight) for name, weight in pairs}
     except ValueError as error:
-        raise TrainingError(
-            f"--schedules {text!r} is not of the form STEPS:WEIGHT,STEPS:WEIGHT,..."
-        ) from error
+        raise TrainingError(f"{option} {text!r} is not of the form NAME:WEIGHT,...") from error
     if not all(weight > 0 for weight in weights.values()):
-        raise TrainingError(f"--schedules {text!r} holds a weight that is not above 0")
+        raise TrainingError(f"{option} {text!r} holds a weight that is not above 0")
     return weights
 
 

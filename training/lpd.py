@@ -63,14 +63,20 @@ class Layout(NamedTuple):
     """The same without context rows."""
 
 
-def make_layout(group_sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> Layout:
+def make_layout(
+    group_sizes: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    mutual_visibility: bool = True,
+) -> Layout:
     """Cuts the sequence of these group sizes between groups, about every `CHUNK` cells.
 
-    The biases have the given type, that of the attention scores.
+    The biases have the given type, that of the attention scores. Without mutual_visibility a query
+    sees no other query.
     """
     cells = sum(group_sizes)
     context_tokens = 1 + cells - group_sizes[-1]
-    visible = teacher_forcing_mask(torch.tensor(group_sizes, device=device))
+    visible = teacher_forcing_mask(torch.tensor(group_sizes, device=device), mutual_visibility)
     ends: list[int] = []
     filled = 0
     for size in group_sizes:
@@ -242,7 +248,8 @@ class LPDTask:
         balance: float = 0.0,
         null_share: float = 0.1,
         dropout: float = 0.1,
-        locality_share: float = 0.5,
+        order_weights: Mapping[str, float] | None = None,
+        mutual_visibility: bool = True,
     ) -> None:
         """Raises TrainingError if an image has not as many tokens as the model's grid has cells.
 
@@ -253,8 +260,9 @@ class LPDTask:
             balance: from 0, every image is drawn as often, to 1, every class is.
             null_share: probability that a sample's condition is replaced by the null condition.
             dropout: share of the channels of what each block adds that is dropped.
-            locality_share: probability that a sample's order is locality-aware, grown for the
-                batch's group sizes; else it is uniformly random.
+            order_weights: how often a sample's order is of each kind, "random", "locality" (grown
+                for the batch's group sizes) or "raster"; by default the first two as often.
+            mutual_visibility: whether the queries of a step see one another.
         """
         grid = images.resolution // tokenizer.config.stride
         cells = grid * grid
@@ -270,12 +278,14 @@ class LPDTask:
         self.group_sizes = {steps: list(sizes) for steps, sizes in group_sizes.items()}
         self.group_weights = dict(group_weights)
         self.balance, self.null_share, self.dropout = balance, null_share, dropout
-        self.locality_share = locality_share
+        self.order_weights = dict(order_weights or {"random": 1.0, "locality": 1.0})
+        self.mutual_visibility = mutual_visibility
         self.weights = class_weights(images.labels, balance)
         self.validation_steps = max(self.group_weights, key=lambda steps: group_weights[steps])
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.layouts = {
-            steps: make_layout(sizes, device, dtype) for steps, sizes in self.group_sizes.items()
+            steps: make_layout(sizes, device, dtype, mutual_visibility)
+            for steps, sizes in self.group_sizes.items()
         }
         self.validation_tokens = self.tokenize(to_signed(validation.pixels))
 
@@ -287,7 +297,8 @@ class LPDTask:
             "balance": self.balance,
             "null_share": self.null_share,
             "dropout": self.dropout,
-            "locality_share": self.locality_share,
+            "order_weights": self.order_weights,
+            "mutual_visibility": self.mutual_visibility,
             "images_digest": self.images.digest(),
             "tokenizer_digest": tokenizer_digest(self.tokenizer),
         }
@@ -317,14 +328,16 @@ class LPDTask:
         return torch.rand(self.recipe.batch_size, generator=generator) < self.null_share
 
     def draw_orders(self, count: int, sizes: Sequence[int], *words: int) -> Tensor:
-        """Orders [count, S] int64, each random or locality-aware for these group sizes."""
+        """Orders [count, S] int64 of the kinds of training, for these group sizes."""
         generator = seeded(self.recipe.seed, *words)
-        orders = torch.rand(count, self.config.cells, generator=generator).argsort(dim=1)
-        local = torch.rand(count, generator=generator) < self.locality_share
-        if wanted := int(local.sum()):
-            seed = int(torch.randint(2**31, (1,), generator=generator))
-            grown = make_orders(self.config.grid, list(sizes), "locality", wanted, seed)
-            orders[local] = torch.from_numpy(grown).long()
+        weights = torch.tensor(list(self.order_weights.values()))
+        kinds = torch.multinomial(weights, count, replacement=True, generator=generator)
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        orders = torch.empty(count, self.config.cells, dtype=torch.int64)
+        for number, kind in enumerate(self.order_weights):
+            if wanted := int((kinds == number).sum()):
+                made = make_orders(self.config.grid, list(sizes), kind, wanted, seed)
+                orders[kinds == number] = torch.from_numpy(made).long()
         return orders
 
     def draw_kept_channels(self, count: int, *words: int) -> Tensor:

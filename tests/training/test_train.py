@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -314,11 +315,15 @@ def test_conditions_are_replaced_at_the_stated_rate(
         assert bool(of_null.any()) is not learned
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("kinds", "share"),
+    [("random:2", 0.0), ("random:1,locality:1", 0.5), ("locality:1", 1.0)],
+)
 def test_orders_are_permutations_of_the_stated_kinds(
-    images: ImageSet, tokenizer: VQTokenizer, share: float
+    images: ImageSet, tokenizer: VQTokenizer, kinds: str, share: float
 ) -> None:
-    task = lpd_task(recipe(40, batch_size=8), images, tokenizer, locality_share=share)
+    weights = script("train_lpd.py").read_orders(kinds)
+    task = lpd_task(recipe(40, batch_size=8), images, tokenizer, order_weights=weights)
     drawn = [(task.draw_steps(step), task.batch(step)["orders"]) for step in range(40)]
     orders = torch.cat([orders for _, orders in drawn])
     assert torch.equal(orders.sort(dim=1).values, torch.arange(64).expand(320, 64))
@@ -335,21 +340,35 @@ def test_orders_are_permutations_of_the_stated_kinds(
     assert abs(np.mean(kept) - share) < 0.2
 
 
+def test_raster_orders_go_row_by_row(images: ImageSet, tokenizer: VQTokenizer) -> None:
+    task = lpd_task(recipe(3), images, tokenizer, order_weights={"raster": 1.0})
+    assert torch.equal(task.batch(0)["orders"], torch.arange(64).expand(4, 64))
+
+
 # ------------------------------------------------------------------------------------ the losses
 
 
-@pytest.mark.parametrize("sizes", [[1] * 256, [1, 100, 155], [256], [1, 3, 60, 64, 64, 64]])
-def test_training_pass_equals_the_reference(sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "mutual"),
+    [
+        ([1] * 256, True),
+        ([1, 100, 155], True),
+        ([1, 100, 155], False),
+        ([256], True),
+        ([1, 3, 60, 64, 64, 64], True),
+    ],
+)
+def test_training_pass_equals_the_reference(sizes: list[int], mutual: bool) -> None:
     config = LPDConfig(dim=32, depth=2, heads=2, grid=16, num_classes=3, vocab_size=16)
     model = LPD(config).initialize(0)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(16, (2, 256), generator=generator)
     orders = torch.rand(2, 256, generator=generator).argsort(dim=1)
     labels = torch.tensor([0, 2])
-    layout = make_layout(sizes, CPU, torch.float32)
+    layout = make_layout(sizes, CPU, torch.float32, mutual)
     condition = model.condition(labels, 2)
     logits = model.head(query_features(model, tokens, condition, orders, layout))
-    expected = model(tokens, labels, orders, sizes)
+    expected = model(tokens, labels, orders, sizes, mutual)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-6)
     used = [parameter for name, parameter in model.named_parameters() if name != "fake_latent"]
     gradients = torch.autograd.grad(logits.square().sum(), used)
@@ -504,14 +523,19 @@ def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
 
 
-def answer(script: str, *arguments: object) -> Result:
-    """What a script says and how it ends, run in this process."""
-    spec = importlib.util.spec_from_file_location(script, SCRIPTS / script)
+def script(name: str) -> Any:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / name)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return CliRunner().invoke(module.main, [str(argument) for argument in arguments])
+    return module
+
+
+def answer(name: str, *arguments: object) -> Result:
+    """What a script says and how it ends, run in this process."""
+    return CliRunner().invoke(script(name).main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow
@@ -569,19 +593,21 @@ def test_the_demo_is_made_from_nothing_and_gone_on_with(
 ) -> None:
     """One command trains all of it; given again, it takes up what is missing, and only that."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    script = importlib.import_module("train_demo")
-    monkeypatch.setattr(script, "TOKENIZER", ("--steps=3", *TOKENIZER_OPTIONS))
-    monkeypatch.setattr(script, "LPD", ("--steps=3", *LPD_OPTIONS))
+    demo = importlib.import_module("train_demo")
+    monkeypatch.setattr(demo, "TOKENIZER", ("--steps=3", *TOKENIZER_OPTIONS))
+    options = ("--steps=3", *LPD_OPTIONS)
+    raster = (*options, "--orders=raster:1", "--each-query-alone")
+    monkeypatch.setattr(demo, "LPDS", {"lpd": options, "raster": raster})
     few = ("--steps=2", "--batch-size=2", "--warmup-steps=1")
-    monkeypatch.setattr(script, "CLASSIFIER", few)
-    made = ("tokenizer", "lpd", "classifier")
+    monkeypatch.setattr(demo, "CLASSIFIER", few)
+    made = ("tokenizer", "lpd", "raster", "classifier")
 
     def contents() -> dict[str, torch.Tensor]:
         weights = {name: load_file(tmp_path / f"{name}.safetensors") for name in made}
         return {f"{name} {key}": weights[name][key] for name in made for key in weights[name]}
 
     arguments = [f"--data={folder}", f"--runs={tmp_path}"]
-    assert CliRunner().invoke(script.main, arguments).exit_code == 0
+    assert CliRunner().invoke(demo.main, arguments).exit_code == 0
     first = contents()
     assert load_tokenizer(tmp_path / "tokenizer.safetensors").config == VQ_CONFIG
     assert load_lpd(tmp_path / "lpd.safetensors").config == LPDConfig(64, 1, 1, 8, 2, 32)
@@ -589,7 +615,7 @@ def test_the_demo_is_made_from_nothing_and_gone_on_with(
     for name in ("lpd.safetensors", "classifier.safetensors", f"lpd/{CHECKPOINT}"):
         (tmp_path / name).unlink()
     written = (tmp_path / "tokenizer" / CHECKPOINT).stat().st_mtime_ns
-    assert CliRunner().invoke(script.main, arguments).exit_code == 0
+    assert CliRunner().invoke(demo.main, arguments).exit_code == 0
     torch.testing.assert_close(contents(), first, rtol=0, atol=0)
     assert (tmp_path / "tokenizer" / CHECKPOINT).stat().st_mtime_ns == written
 
@@ -668,6 +694,19 @@ def test_mistakes_are_answered_in_one_sentence(folder: Path, tmp_path: Path) -> 
     assert said.stderr == (
         f"train_lpd: error: there is no checkpoint {tmp_path / 'none.safetensors'}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("random", "--orders 'random' is not of the form NAME:WEIGHT,..."),
+        ("random:0", "--orders 'random:0' holds a weight that is not above 0"),
+        ("spiral:1", "--orders 'spiral:1' holds other kinds than locality, random, raster"),
+    ],
+)
+def test_orders_that_are_none_are_named(text: str, said: str) -> None:
+    with pytest.raises(TrainingError, match=re.escape(said)):
+        script("train_lpd.py").read_orders(text)
 
 
 def test_wrong_folders_are_named(tmp_path: Path) -> None:
