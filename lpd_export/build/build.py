@@ -13,20 +13,19 @@ import platform
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor
 
 import lpd_export
-from lpd_export.build.checks import check_request
+from lpd_export.build.check import compare_with_reference, reference_check
 from lpd_export.build.compiler import EngineOptions
 from lpd_export.build.engine import compile_graph
 from lpd_export.build.memory import memory_shortage_told
 from lpd_export.build.profiles import decode_profiles, tokenizer_profiles
+from lpd_export.build.refusals import check_request
 from lpd_export.build.request import BuildRequest
 from lpd_export.build.settings import (
     Settings,
@@ -50,19 +49,12 @@ from lpd_export.bundle.manifest import (
     describe_files,
     new_bundle,
 )
-from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
 from lpd_export.formats import BACKENDS, PRECISIONS
 from lpd_export.graphs import contract, export
-from lpd_export.precision.portable import portable_graphs
 from lpd_export.precision.writer import PrecisionWriter, read_kept_layers
 from lpd_export.progress import Progress, Report
-from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-from lpd_export.runtime.pipeline import Pipeline
 from lpd_reference.checkpoint import lasting_source
-
-DEFAULT_MAX_BATCH = 8
-"""The largest batch that engines are built for, unless --max-batch says otherwise."""
 
 
 def build(
@@ -154,13 +146,13 @@ def compile_engines(
     options = EngineOptions(**{name: getattr(request, name) for name in fields})
     engines: dict[str, EngineRecord] = {}
     (folder / "engines").mkdir()
-    max_batch = request.max_batch or DEFAULT_MAX_BATCH
+    assert settings.max_batch is not None
     for graph in GRAPH_NAMES:
         report(f"compiling {graph} for {request.backend}")
         profiles = (
-            decode_profiles(settings.phases, max_batch)
+            decode_profiles(settings.phases, settings.max_batch)
             if graph == "decode"
-            else tokenizer_profiles(max_batch)
+            else tokenizer_profiles(settings.max_batch)
         )
         path, log = folder / "onnx" / f"{graph}.onnx", engine_log(settings, graph)
         engine = folder / "engines" / f"{graph}.engine"
@@ -191,87 +183,6 @@ def engine_log(settings: Settings, graph: str) -> Path:
     return log
 
 
-class CheckStep(NamedTuple):
-    """One decode step, teacher-forced, as the reference computes it."""
-
-    token_ids: Tensor
-    """[2, C], of the first class and of no class."""
-    positions: Tensor
-    """[2, T]."""
-    logits: Tensor
-    """[2, Q, V]."""
-
-
-class Check(NamedTuple):
-    """What the written graphs are compared with."""
-
-    steps: list[CheckStep]
-    indices: Tensor
-    """[1, S] int64."""
-    image: Tensor
-    """[1, 3, height, width] of these indices."""
-
-
-@torch.inference_mode()
-def reference_check(source: Source, settings: Settings) -> Check:
-    """The reference's prefill, first decode step and one decoded image."""
-    model, tokenizer, cells = source.model, source.tokenizer, source.model.config.cells
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.randint(tokenizer.config.codebook_size, (1, cells), generator=generator)
-    order = torch.from_numpy(settings.schedule.orders[0].astype(np.int64))
-    context = torch.cat([model.condition(torch.tensor([0]), 1), model.condition(None, 1)])
-    vocab_size = model.config.vocab_size
-    token_ids = torch.tensor([[vocab_size], [vocab_size + model.config.num_classes]])
-    sequence = torch.cat([torch.zeros(1, dtype=torch.int64), order + 1])
-    cache, steps = model.new_cache(), []
-    for phase in settings.phases[:2]:
-        rows = sequence[phase.write_index : phase.write_index + phase.tokens].repeat(2, 1)
-        logits = model.decode_step(context, rows, cache)
-        steps.append(CheckStep(token_ids, rows, logits))
-        token_ids = indices[:, : phase.queries].repeat(2, 1)
-        context = model.token_emb(token_ids)
-    return Check(steps, indices, tokenizer.decode(indices))
-
-
-def compare_with_reference(
-    folder: Path, manifest: Manifest, settings: Settings, check: Check, report: Report
-) -> None:
-    """Runs written graphs and raises UserError if they compute something else.
-
-    ONNX Runtime's CPU runs them, whatever backend they are for, as `portable` makes them.
-    """
-    tolerance = PRECISIONS[manifest.precision].check_tolerance
-    report("comparing the graphs with the reference")
-    files = {graph: folder / f"{graph}.onnx" for graph in GRAPH_NAMES}
-    scratch = folder.with_name("portable")
-    files, note = portable_graphs(files, manifest, scratch)
-    float_type = torch.float16 if manifest.float_type == "float16" else torch.float32
-    executor = OnnxRuntimeExecutor(files, float_type)
-    pipeline = Pipeline(manifest, settings.schedule, executor)
-    steps = pipeline.bind_steps(images=1, guided=True)
-    for number, (step, expected) in enumerate(zip(steps, check.steps, strict=False)):
-        step.token_ids.copy_(expected.token_ids)
-        step.positions.copy_(expected.positions)
-        step.run()
-        check_close(f"the logits of step {number}", step.logits, expected.logits, tolerance)
-    image = torch.from_numpy(pipeline.detokenize(check.indices.numpy()))
-    check_close("the decoded image", image, check.image, tolerance)
-    if note:
-        shutil.rmtree(scratch)
-
-
-def check_close(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    # The norm, not the largest error: a single pixel at an edge of an image of random indices says
-    # little of INT8, and a graph that is wrong is wrong in many places.
-    error, norm = (actual - expected).norm().item(), expected.norm().item()
-    if not error <= tolerance * norm:
-        raise UserError(
-            f"the bundle was not written: {what} differ from the reference's by {error:.2g}, and "
-            f"{tolerance * norm:.2g} is allowed (L2 norm); please report this with your versions "
-            "of torch and onnxruntime"
-        )
-
-
 # ----------------------------------------------------------------------------- the manifest
 
 Description = TypeVar("Description", ModelDescription, TokenizerDescription)
@@ -300,8 +211,7 @@ def describe(request: BuildRequest, source: Source, settings: Settings) -> Manif
         backend=request.backend,
         backend_version=onnxruntime.__version__,  # of engines it is known when they are compiled
         target_compute_capabilities=list(request.compute_capability),
-        max_batch=request.max_batch
-        or (DEFAULT_MAX_BATCH if BACKENDS[request.backend].compiles else None),
+        max_batch=settings.max_batch,
         phases=list(settings.phases),
         phase_rows=settings.phase_rows,
         cfg=settings.cfg,

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lpd_export.build.build import DEFAULT_MAX_BATCH
-from lpd_export.build.checks import check_request
+from lpd_export.build.refusals import check_request
 from lpd_export.build.request import BuildRequest
 from lpd_export.build.settings import (
     Source,
@@ -110,7 +109,7 @@ def plan(request: BuildRequest, report: Report = lambda stage: None) -> Plan:
         schedule=settings.schedule.kind,
         precision=request.precision,
         backend=request.backend,
-        max_batch=request.max_batch or (DEFAULT_MAX_BATCH if engines else None),
+        max_batch=settings.max_batch,
         cfg=settings.cfg,
         guidance=request.guidance,
         files=[

@@ -2,7 +2,7 @@
 
 A recipe names the same settings as the command line, with the same words; paths in it are
 relative to the recipe. The types and bounds of all settings are here; what they mean together is
-in `checks` and `settings`.
+in `refusals` and `settings`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a build is made from: a request becomes models and settings.
 
 Knows what follows from what the user left out, and which builds need more room than there is.
-Writes nothing. What can be told without a model is in `checks`.
+Writes nothing. What can be told without a model is in `refusals`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lpd_export.build.checks import DEFAULT_MODEL, DEFAULT_RESOLUTION, published
 from lpd_export.build.published import (
     NUM_CLASSES,
     TOKENIZER,
@@ -19,6 +18,7 @@ from lpd_export.build.published import (
     PublishedSettings,
     published_settings,
 )
+from lpd_export.build.refusals import DEFAULT_MODEL, DEFAULT_RESOLUTION, published
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle import classes
 from lpd_export.errors import UserError
@@ -32,6 +32,8 @@ from lpd_reference.lpd import LPD, PUBLISHED_MODELS, LPDConfig
 from lpd_reference.vq import VQConfig, VQTokenizer
 
 DEFAULT_ORDERS = 64
+DEFAULT_MAX_BATCH = 8
+"""The largest batch that engines are built for, unless --max-batch says otherwise."""
 DEFAULT_CFG = 3.0
 """Guidance recommended for a model without published settings, unless --cfg says otherwise."""
 EXTRA_MEMORY_FP32, EXTRA_MEMORY = 1.5, 3.5
@@ -64,6 +66,8 @@ class Settings:
     cfg: float
     class_names: classes.ClassNames
     out: Path
+    max_batch: int | None
+    """Images of the largest batch; None is any."""
 
     @property
     def phase_rows(self) -> int:
@@ -165,6 +169,8 @@ def settle(request: BuildRequest, source: Source) -> Settings:
         cfg=request.cfg if request.cfg is not None else known.cfg if known else DEFAULT_CFG,
         class_names=find_class_names(request, source.checkpoint, config.num_classes),
         out=Path(request.out or f"engines/{full_name}"),
+        max_batch=request.max_batch
+        or (DEFAULT_MAX_BATCH if BACKENDS[request.backend].compiles else None),
     )
 
 

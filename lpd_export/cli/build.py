@@ -109,7 +109,7 @@ def build(
     settings = named_recipe(recipe) if recipe else {}
     settings |= {name: value for name, value in options.items() if value not in (None, ())}
     request = BuildRequest(**settings)
-    from lpd_export.build.checks import check_request
+    from lpd_export.build.refusals import check_request
 
     check_request(request)  # a slip is told before torch is loaded
     if dry_run:

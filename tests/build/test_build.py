@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import lpd_export.build.build
+import lpd_export.build.check
 import lpd_export.build.settings
 from commandline import Answer, answer, end, entries, mistake, sentence, start, wait_for
 from lpd_export.accuracy.reference_side import find_weights
@@ -660,10 +661,10 @@ def test_a_bundle_that_computes_something_else(
         )
         source = lpd_export.build.build.load(request, print)
         settings = lpd_export.build.build.settle(request, source)
-        check = lpd_export.build.build.reference_check(source, settings)
+        check = lpd_export.build.check.reference_check(source, settings)
         manifest, told = Bundle.open(small_bundle).manifest, list[str]()
         compare = partial(
-            lpd_export.build.build.compare_with_reference,
+            lpd_export.build.check.compare_with_reference,
             *(small_bundle / "onnx", manifest, settings, check, told.append),
         )
         if change is None:
