@@ -55,12 +55,13 @@ def check_request(request: BuildRequest) -> None:
             "--keep-layers says which layers are not quantized: it needs --precision "
             f"{' or '.join(QUANTIZED)}, not {request.precision}"
         )
-    if why_not := can_build(request.precision, request.backend):
-        raise UserError(f"cannot build {request.precision} for {request.backend} here: {why_not}")
-    check_capabilities(request.compute_capability)
     check_source(request)
     if request.out:
         check_destination(Path(request.out), request.force)
+    # At last, because looking at the machine takes a second.
+    if why_not := can_build(request.precision, request.backend):
+        raise UserError(f"cannot build {request.precision} for {request.backend} here: {why_not}")
+    check_capabilities(request.compute_capability)
 
 
 def check_capabilities(capabilities: tuple[str, ...]) -> None:

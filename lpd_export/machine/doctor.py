@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,35 +211,24 @@ def can_build(precision: str, backend: str, facts: Facts | None = None) -> str |
 
     Without facts this looks at the machine, at no more than the answer depends on.
     """
-    return _why_not(precision, backend, facts, "build")
-
-
-def can_run(precision: str, backend: str, facts: Facts | None = None) -> str | None:
-    """As `can_build`, of running; onnxruntime is possible if it is on the CPU or on the GPU."""
-    return _why_not(precision, backend, facts, "run")
-
-
-def _why_not(precision: str, backend: str, facts: Facts | None, verb: str) -> str | None:
-    first = None
+    reasons = []
     for target in TARGETS:
         if target.place[0] == backend:
-            needs: tuple[Need, ...] = getattr(target, verb)
-            if facts is None and not PRECISIONS[precision].support[target.place].refused:
-                seen = look({subject for need in needs for subject in need.subjects})
-            else:
-                seen = facts or Facts()
-            answer = _answer(target, needs, precision, seen)
+            answer = _answer(target, target.build, precision, facts)
             if answer.possible:
                 return None
-            first = first or "; ".join(answer.missing)
-    return first
+            reasons.append("; ".join(answer.missing))
+    return reasons[0]
 
 
-def _answer(target: Target, needs: Iterable[Need], precision: str, facts: Facts) -> Answer:
+def _answer(
+    target: Target, needs: Collection[Need], precision: str, facts: Facts | None = None
+) -> Answer:
     support = PRECISIONS[precision].support[target.place]
     if support.refused:
         return Answer(False, (support.refused,))
-    missing = tuple(lack for need in needs if (lack := need.missing(facts, support.capability)))
+    seen = facts or look({subject for need in needs for subject in need.subjects})
+    missing = tuple(lack for need in needs if (lack := need.missing(seen, support.capability)))
     return Answer(not missing, missing)
 
 
@@ -293,9 +282,8 @@ def report_lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield from _wrapped(f"  {name:14} ", value)
     yield ""
     yield "What can be built and run here"
-    precisions = PRECISIONS
-    yield f"  {'':18}" + "".join(f"{precision:14}" for precision in precisions).rstrip()
-    yield f"  {'':18}" + ("build  run".ljust(14) * len(precisions)).rstrip()
+    yield f"  {'':18}" + "".join(f"{precision:14}" for precision in PRECISIONS).rstrip()
+    yield f"  {'':18}" + ("build  run".ljust(14) * len(PRECISIONS)).rstrip()
     for target in TARGETS:
         cells = "".join(
             f"{_yes(ability.build):7}{_yes(ability.run):7}" for ability in _of(diagnosis, target)

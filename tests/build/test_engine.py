@@ -44,7 +44,6 @@ pytestmark = [
 RTX = EngineOptions("tensorrt-rtx")
 SIZES = [1, 3, 5, 7]
 PRECISIONS = ("fp32", "fp16", "bf16")
-MODELS = ("lpd_grid4", "wide")
 WIDE = LPDConfig(dim=128, depth=2, heads=2, grid=4, num_classes=5, vocab_size=64)
 """A small model whose heads are 64 wide, as those of the published models."""
 
@@ -156,17 +155,15 @@ def check_decode(compiled: Compiled, depth: int, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model", MODELS)
 def test_decode_compiles_fused_and_in_place_in_every_precision(
     graphs: Graphs,
-    model: str,
     precision: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Sixteen cells are too few for two profiles otherwise.
     monkeypatch.setattr(profiles_module, "PROFILE_SPREAD", 4)
-    folder = graphs(model, precision)
+    folder = graphs("lpd_grid4", precision)
     profiles = decode_profiles(phase_table(SIZES), max_batch=2)
     compiled = compile_file(folder / "decode.onnx", tmp_path, profiles=profiles)
     assert compiled.report.profiles == 4  # one image and all that is more, of two groups

@@ -18,7 +18,6 @@ from lpd_export.machine.doctor import (
     Diagnosis,
     abilities,
     can_build,
-    can_run,
     examine,
     report_lines,
 )
@@ -242,17 +241,14 @@ def test_a_gpu_that_is_too_old_or_not_for_rtx() -> None:
     assert lacks(unknown, "tensorrt-rtx", "cuda", "bf16", "run") == ()
 
 
-def test_whether_a_build_can_be_run_is_one_question() -> None:
+def test_whether_a_bundle_can_be_built_is_one_question() -> None:
     assert can_build("fp16", "tensorrt", ADA) is None
     assert can_build("bf16", "tensorrt-rtx", NO_GPU) is None
-    assert can_run("int8", "onnxruntime", NO_GPU) is None, "the CPU is enough"
+    assert can_build("int8", "onnxruntime", NO_GPU) is None, "the CPU is enough"
     facts = with_packages(NO_GPU, tensorrt=Package())
     assert can_build("fp16", "tensorrt", facts) == (
         "tensorrt is not installed: pip install tensorrt; no NVIDIA GPU was found: use a machine "
         "that has one"
-    )
-    assert can_run("fp16", "tensorrt-rtx", NO_GPU) == (
-        "no NVIDIA GPU was found: use a machine that has one"
     )
     assert "loads no bf16: use fp16" in (can_build("bf16", "onnxruntime", ADA) or "")
 
