@@ -78,7 +78,7 @@ def errors_by_step(errors: Mapping[str, Sequence[float]], limits: Mapping[str, f
         An `<svg>` element.
     """
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(3.5)
+        figure, (axes,) = _figure(3.5)
         values = [*errors.values(), [limits[title] for title in errors]]
         axes.set_yscale("log")
         axes.set_ylim(*_log_range(np.concatenate([np.asarray(each, float) for each in values])))
@@ -109,17 +109,10 @@ def metrics_by_step(
         An `<svg>` element.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, 7.6), layout="constrained")
-        figure.patch.set_alpha(0)
-        every = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2.2, 2.2, 0.9])
+        figure, every = _figure(8.2, 3, 2.2, 2.2, 0.9)
         kl, top_1, agreement, cells = every
-        for axes, label in zip(
-            every,
-            ("KL divergence (nats)", "top-1 agreement", "token agreement", "cells"),
-            strict=True,
-        ):
-            axes.patch.set_alpha(0)
-            axes.grid(axis="y")
+        labels = ("KL divergence (nats)", "top-1 agreement", "token agreement", "cells")
+        for axes, label in zip(every, labels, strict=True):
             axes.set_ylabel(label)
 
         divergence = [step.kl for step in steps]
@@ -172,9 +165,10 @@ def errors_by_layer(layers: Sequence[LayerError], grown: Sequence[LayerError]) -
     """
     with mpl.rc_context(_STYLE):
         rows = min(len(layers), LAYER_LABELS)
-        figure, axes = _figure(0.9 + _LAYER_HEIGHT * max(rows, 4))
+        figure, (axes,) = _figure(0.9 + _LAYER_HEIGHT * max(rows, 4))
         errors = np.array([layer.relative_error for layer in layers], float)
         low, high = _log_range(errors)
+        figure.set_layout_engine("constrained")  # names may be long
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.set_ylim(len(layers) - 0.4, -0.6)
@@ -199,6 +193,7 @@ def errors_by_layer(layers: Sequence[LayerError], grown: Sequence[LayerError]) -
             if place in marked:
                 label.set_color(SECOND)
                 label.set_fontweight("bold")
+        axes.grid(axis="x")
         axes.grid(axis="y", linewidth=0.4)
         axes.tick_params(axis="y", length=2)
         tall = len(layers) > 30  # the numbers at the lower end are far from the first layers
@@ -212,14 +207,20 @@ def errors_by_layer(layers: Sequence[LayerError], grown: Sequence[LayerError]) -
 # ------------------------------------------------------------------------------------ parts
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    """A figure with one plot, see-through so that the page's own colour is behind it."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+def _figure(height: float, *ratios: float) -> tuple[Figure, list[Axes]]:
+    """A figure with a plot for each ratio, see-through so that the page's own colour is behind it.
+
+    The margins suit labels of numbers: finding out what labels need takes as long as drawing.
+    """
+    figure = Figure(figsize=(WIDTH, height))
     figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.grid(axis="both")
-    return figure, axes
+    grid = {"height_ratios": ratios or [1], "hspace": 0.3}
+    every = figure.subplots(len(ratios) or 1, sharex=True, squeeze=False, gridspec_kw=grid)[:, 0]
+    figure.subplots_adjust(0.8 / WIDTH, 0.5 / height, 1 - 0.1 / WIDTH, 1 - 0.35 / height)
+    for axes in every:
+        axes.patch.set_alpha(0)
+        axes.grid(axis="y")
+    return figure, list(every)
 
 
 def _draw_series(

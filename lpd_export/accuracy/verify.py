@@ -62,10 +62,12 @@ def verify(request: VerifyRequest, report: Report) -> Verification:
         context = open_context(request, bundle, task, scratch, report)
         folder = stack.enter_context(new_report(request.folder))
         files = PolygraphyFiles(folder / POLYGRAPHY)
-        verification = compare(context)
-        save_phases(context, kept, verification.failures, files)
+        verification = compare(context, kept, files)
+        save_first_failure(context, verification.failures, files)
         verification = dataclasses.replace(
-            verification, saved_phases=list(files.saved), seconds=time.perf_counter() - start
+            verification,
+            saved_phases=[name for name in task.phase_names if name in files.saved],
+            seconds=time.perf_counter() - start,
         )
         if request.bisect:
             save_kept_layers(verification.bisections, folder / KEPT_LAYERS)
@@ -77,14 +79,22 @@ def verify(request: VerifyRequest, report: Report) -> Verification:
     return verification
 
 
-def compare(context: Context) -> Verification:
-    """All comparisons, phase by phase and end to end."""
+def compare(context: Context, kept: list[str], files: PolygraphyFiles) -> Verification:
+    """All comparisons, phase by phase and end to end.
+
+    Args:
+        context: of the verification.
+        kept: phases of the first image that are left for Polygraphy.
+        files: where they are left.
+    """
     request, manifest, task = context.request, context.bundle.manifest, context.task
     comparison = Comparison(context.limits)
     for i in range(task.images):
         context.report(f"comparing the phases: image {i + 1} of {task.images}")
         for run in phase_runs(context, i):
             comparison.add(run.name, *run.compared)
+            if i == 0 and run.name in kept:
+                files.save(run.name, run.feed, run.expected, run.actual)
     divergence = compare_sequences(context, comparison)
     context.remarks.extend(
         f"{side.name} fails in {', '.join(phases)}: {reason}"
@@ -127,19 +137,13 @@ def compare(context: Context) -> Verification:
     )
 
 
-def save_phases(
-    context: Context, kept: list[str], failures: list[Measurement], files: PolygraphyFiles
+def save_first_failure(
+    context: Context, failures: list[Measurement], files: PolygraphyFiles
 ) -> None:
-    """Leaves phases of the first image for Polygraphy: those to keep, and the first to fail.
-
-    With `none`, none at all.
-    """
-    names = set(kept)
-    if context.request.save_phases != NONE:
-        failed = [entry.phase for entry in failures if entry.phase in context.task.phase_names]
-        names |= set(failed[:1])
-    if names:
-        context.report("saving inputs and outputs for Polygraphy")
-        for run in phase_runs(context, 0):
-            if run.name in names:
-                files.save(run.name, run.feed, run.expected, run.actual)
+    """Leaves the phase that failed first for Polygraphy as well, unless `none` are wanted."""
+    failed = [entry.phase for entry in failures if entry.phase in context.task.phase_names][:1]
+    if context.request.save_phases == NONE or set(failed) <= set(files.saved):
+        return
+    context.report(f"saving {failed[0]} for Polygraphy")
+    run = next(run for run in phase_runs(context, 0) if run.name == failed[0])
+    files.save(run.name, run.feed, run.expected, run.actual)

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lpd_reference.lpd import HEAD_DIM, LPD, LPDConfig
 from lpd_reference.vq import NORM_GROUPS, VQConfig, VQTokenizer
@@ -353,6 +354,17 @@ def resize_positions(state: StateDict, grid: int) -> StateDict:
     return {**state, "pos_embed": torch.cat([positions[:, :1], cells], dim=1)}
 
 
+class WithoutInitialization(TorchFunctionMode):
+    """Modules are made without drawing weights: on the meta device, that alone imports for 2 s."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def fill(model: nn.Module, state: StateDict, ignored: frozenset[str], kind: str) -> None:
     """Gives a model on the meta device its weights, in float32, every key and shape checked."""
     expected = model.state_dict()
@@ -400,7 +412,7 @@ def load_lpd(source: str | Path, *, grid: int | None = None, heads: int | None =
         if grid is not None:
             state = resize_positions(state, grid)
             config = lpd_config(state, config.heads)
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInitialization():
             model = LPD(config)
         fill(model, state, frozenset(), "an LPD checkpoint")
     except CheckpointError as error:
@@ -419,7 +431,7 @@ def load_tokenizer(source: str | Path) -> VQTokenizer:
     """
     state = read_state_dict(locate(source))
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInitialization():
             model = VQTokenizer(vq_config(state))
         # A training counter, of no use here.
         fill(model, state, frozenset({"quantize.codebook_used"}), "a VQ tokenizer")

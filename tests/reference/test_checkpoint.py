@@ -222,6 +222,7 @@ def peak_kilobytes():
 load_lpd(sys.argv[1])
 before = peak_kilobytes()
 load_lpd(sys.argv[2])
+assert "torch._dynamo" not in sys.modules  # nobody needs it, and importing it takes 2 s
 print((peak_kilobytes() - before) // 1024)
 """
     small = write(tmp_path / "small.pth", released(lpd_state()))
