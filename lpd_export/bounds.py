@@ -7,6 +7,7 @@ asked for.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ Temperature = Annotated[float, Field(ge=0.001, le=1000)]
 """Colder is top-k 1, warmer is uniform."""
 Probability = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
+Threads = Annotated[int, Field(ge=1, le=max(64, 4 * (os.cpu_count() or 1)))]
+"""Far too many end the process inside ONNX Runtime, without a word."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hexadecimal."""
 

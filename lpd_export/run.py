@@ -34,7 +34,6 @@ from lpd_export.files import exclusive, sha256, uninterrupted, write_atomically
 from lpd_export.images import contact_sheet, draw_trace, save_png
 from lpd_export.run_request import LOCK, RECORD, RECORDS, RunRequest, check_out, check_request
 from lpd_export.runtime.editing import Edit
-from lpd_export.runtime.onnxruntime_executor import check_threads
 from lpd_export.runtime.pipeline import Pipeline, Progress
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import Sampling
@@ -137,7 +136,6 @@ def generate_images(
         Interrupted: on Ctrl-C, once what is finished is on disk.
     """
     check_request(request)
-    check_threads(request.threads)
     missing = [f for f in (request.out, *request.out.parents) if not os.path.lexists(f)]
     try:
         with locked(request.out, request.resume):

@@ -30,6 +30,8 @@ from lpd_export.bounds import (
     Probability,
     Seed,
     Temperature,
+    Threads,
+    checked,
     in_words,
 )
 from lpd_export.bundle.classes import resolve_classes
@@ -128,6 +130,7 @@ def check_request(request: RunRequest) -> None:
             "say what to draw with --class NAME or --class ID; `lpd-export inspect "
             f"{request.bundle} --classes` lists the classes"
         )
+    checked("--threads", request.threads, Threads | None)
     if request.steps is not None and not request.schedule:
         raise UserError("--steps says how to read a --schedule; alone it has no meaning here")
     if request.save_tokens:

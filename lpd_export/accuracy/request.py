@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lpd_export.bounds import Positive, Seed, checked
+from lpd_export.accuracy.thresholds import Limits
+from lpd_export.bounds import Positive, Seed, Threads, checked
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder
-from lpd_export.runtime.onnxruntime_executor import check_threads
+from lpd_export.formats import PRECISIONS, QUANTIZED
 
 DEFAULT_IMAGES = 8
 REFERENCE = "reference"
@@ -59,12 +61,21 @@ class VerifyRequest:
 
     def check(self) -> None:
         """Raises UserError for a request that cannot be met, before any work."""
+        bundle = Bundle.open(self.bundle)
+        precision = bundle.manifest.precision
         checked("--images", self.images, Positive)
         checked("--seed", self.seed, Seed)
-        check_threads(self.threads)
+        checked("--threads", self.threads, Threads | None)
+        Limits.of([precision], self.thresholds)
         if self.onnx and self.device == "cuda":
             raise UserError("--onnx runs the graphs on the CPU: it does not go with --device cuda")
+        if self.bisect and not PRECISIONS[precision].quantization:
+            raise UserError(
+                f"--bisect finds the layers that quantization must leave out, and {bundle.path} is "
+                f"{precision}: build one with --precision {' or '.join(QUANTIZED)}"
+            )
         if self.against != REFERENCE:
+            Bundle.open(self.against)
             for option in ("checkpoint", "tokenizer", "by_layer", "bisect"):
                 if getattr(self, option):
                     raise UserError(

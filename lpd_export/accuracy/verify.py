@@ -30,11 +30,8 @@ from lpd_export.accuracy.polygraphy_files import NONE, PolygraphyFiles, kept_pha
 from lpd_export.accuracy.report import write_report
 from lpd_export.accuracy.request import KEPT_LAYERS, POLYGRAPHY, VerifyRequest, new_report
 from lpd_export.accuracy.results import Measurement, Step, Verification
-from lpd_export.accuracy.thresholds import Limits
 from lpd_export.bundle.inspection import quantized_line
 from lpd_export.bundle.manifest import Bundle
-from lpd_export.errors import UserError
-from lpd_export.formats import PRECISIONS, QUANTIZED
 from lpd_export.progress import Report
 
 
@@ -48,15 +45,9 @@ def verify(request: VerifyRequest, report: Report) -> Verification:
     request.check()
     bundle = Bundle.open(request.bundle)
     manifest = bundle.manifest
-    if request.bisect and not PRECISIONS[manifest.precision].quantization:
-        raise UserError(
-            f"--bisect finds the layers that quantization must leave out, and {bundle.path} is "
-            f"{manifest.precision}: build one with --precision {' or '.join(QUANTIZED)}"
-        )
     task = make_task(bundle, request.images, request.seed)
     # Mistakes are found before the work.
     kept = kept_phases(request.save_phases, task.phase_names, phase_bytes(manifest))
-    Limits.of([manifest.precision], request.thresholds)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lpd-export-")))
         context = open_context(request, bundle, task, scratch, report)

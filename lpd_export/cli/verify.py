@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from lpd_export.bundle.manifest import Bundle
 from lpd_export.cli.exit_codes import EXIT_FAILED
 from lpd_export.cli.options import device_option, verbosity_options
 from lpd_export.cli.output import json_option, print_json
@@ -82,15 +81,14 @@ def verify(
       lpd-export verify engines/demo-fp16 --against engines/demo
       lpd-export verify engines/demo-int8 --threshold sequence_kl=0.005 --bisect
     """
-    Bundle.open(bundle)  # a slip is told before torch is loaded
-    if options["against"] != "reference":
-        Bundle.open(options["against"])
+    from lpd_export.accuracy.request import VerifyRequest
+
+    request = VerifyRequest(bundle, **options)
+    request.check()  # a slip is told before torch is loaded
     with stages(quiet, verbose) as (report, _):
         report("loading torch and Polygraphy")
-        from lpd_export.accuracy.request import VerifyRequest
         from lpd_export.accuracy.verify import verify as verify_bundle
 
-        request = VerifyRequest(bundle, **options)
         verification = verify_bundle(request, report)
     if as_json:
         print_json(verification.as_json())

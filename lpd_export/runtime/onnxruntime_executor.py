@@ -18,7 +18,6 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from lpd_export.bounds import Positive, checked
 from lpd_export.errors import GraphError, UserError
 from lpd_export.runtime.executor import Run
 
@@ -26,17 +25,6 @@ ELEMENT_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory")
 """What of its errors' words tells that memory does not suffice; they have no type that does."""
-
-
-def check_threads(threads: int | None) -> None:
-    """Raises UserError for a --threads that this machine does not take."""
-    checked("--threads", threads, Positive | None)
-    if threads is None:
-        return
-    # Far too many end the process inside ONNX Runtime, without a word.
-    most = max(64, 4 * (os.cpu_count() or 1))
-    if threads > most:
-        raise UserError(f"--threads {threads} is more than this machine takes ({most})")
 
 
 def allowed_cores() -> int:

@@ -75,6 +75,8 @@ def test_help_in_its_own_process_is_quick_and_loads_no_torch() -> None:
         ("build gone.toml", "there is no recipe gone.toml"),
         ("verify gone", "there is no bundle gone"),
         ("verify SMALL --against gone", "there is no bundle gone"),
+        ("verify SMALL --bisect", "build one with --precision int8"),
+        ("verify SMALL --threshold psnr=a", "--threshold psnr=a"),
     ],
 )
 def test_mistakes_are_told_before_torch_is_loaded(
