@@ -84,6 +84,15 @@ class BundleSide:
             np.stack([image.pixels for image in images]),
         )
 
+    def edit(self, task: Task, given: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Token ids [B, S] of the task's first B images with given tokens [B, S], -1 to draw."""
+        requests = [
+            ImageRequest(task.labels[i], task.seed, i, task.sampling, task.orders[i], tokens)
+            for i, tokens in enumerate(given)
+        ]
+        images = self.pipeline.stream(requests, batch=self.batch, schedule=task.schedule)
+        return np.stack([image.token_ids for image in images])
+
     def drawn_logits(self, task: Task, token_ids: NDArray[np.int64]) -> Iterator[Tensor]:
         """Guided logits [S, V] of each image of what `draw` drew, in its batches.
 

@@ -99,7 +99,26 @@ def compare_generation(
         if equal:
             value = psnr(drawn.pixels[i], other.pixels[i].astype(np.float64), 255.0)
             comparison.note(GENERATION, "pixels", "generation_psnr", value)
+    compare_edits(context, comparison)
     return np.mean(equal_by_step, axis=0)
+
+
+def compare_edits(context: Context, comparison: Comparison) -> None:
+    """The first images once more, with tokens given for the first half of their cells.
+
+    These are those of the image turned upside down, which it would not draw itself. Given ones must
+    stay, and the others be what the reference's rule draws from the logits after the given ones.
+    """
+    task = context.task.first(context.actual.batch)
+    orders, half = task.orders, task.schedule.cells // 2
+    given = context.drawn.token_ids[: task.images, ::-1].copy()
+    np.put_along_axis(given, orders[:, half:], -1, axis=1)
+    edited = context.actual.edit(task, given)
+    for i, logits in enumerate(context.actual.drawn_logits(task, edited)):
+        expected = draw(logits, torch.from_numpy(task.uniform[i])).numpy()
+        expected[:half] = given[i][orders[i, :half]]
+        unexplained = float(np.sum(edited[i][orders[i]] != expected))
+        comparison.note(GENERATION, "token_ids", "unexplained_draws", unexplained)
 
 
 def make_pairs(context: Context, other: Drawn) -> list[ImagePair]:

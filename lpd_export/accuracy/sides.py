@@ -79,11 +79,18 @@ class Task:
 
     def image(self, index: int) -> Task:
         """The same for one of the images alone."""
+        return self._images(slice(index, index + 1))
+
+    def first(self, count: int) -> Task:
+        """The same for the first images alone."""
+        return self._images(slice(count))
+
+    def _images(self, images: slice) -> Task:
         return dataclasses.replace(
             self,
-            labels=[self.labels[index]],
-            order_indices=[self.order_indices[index]],
-            uniform=self.uniform[[index]],
+            labels=self.labels[images],
+            order_indices=self.order_indices[images],
+            uniform=self.uniform[images],
         )
 
 

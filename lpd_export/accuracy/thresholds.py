@@ -91,7 +91,8 @@ JUDGED = (
     Metric(
         "unexplained_draws",
         "draws not explained by rounding",
-        "tokens that the reference's sampler would not draw from the bundle's own logits",
+        "tokens that the reference's sampler would not draw from the bundle's own logits, or that "
+        "were given to an edit and did not stay",
         "images may part through rounding of the logits alone; guidance and sampling are in FP32 "
         "in every precision",
     ),

@@ -23,6 +23,7 @@ from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.runtime import sampler
+from lpd_export.runtime.generator import Batch
 from lpd_export.runtime.randomness import ImageRandomness, image_randomness
 from lpd_export.schedule.phases import Phase, attention_mask
 
@@ -362,6 +363,22 @@ def next_order(seed: int, image_index: int, cells: int, orders: int) -> ImageRan
     return chance._replace(order_index=(chance.order_index + 1) % orders)
 
 
+def given_tokens(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
+    """`Batch.load` that changes what is given [B, S], in raster order, by it and the orders."""
+    load = Batch.load
+
+    def load_changed(batch: Batch, *inputs: Any) -> None:
+        *others, given = inputs
+        load(batch, *others, change(given, inputs[1]))
+
+    return load_changed
+
+
+ignored = given_tokens(lambda given, orders: torch.full_like(given, -1))
+in_raster_order = given_tokens(lambda given, orders: given.scatter(1, orders, given))
+off_by_one = given_tokens(lambda given, orders: torch.where(given < 0, given, (given + 1) % 64))
+
+
 def test_a_wrong_mask_of_the_loop_alone(
     bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +421,10 @@ def test_guidance_applied_twice(
         ("int8", "runtime.generator.sample", sample_in_reverse),
         ("fp32", "runtime.requests.image_randomness", next_order),
         ("int8", "runtime.requests.image_randomness", next_order),
+        ("fp32", "runtime.generator.Batch.load", ignored),
+        ("int8", "runtime.generator.Batch.load", ignored),
+        ("fp32", "runtime.generator.Batch.load", in_raster_order),
+        ("fp32", "runtime.generator.Batch.load", off_by_one),
     ],
 )
 def test_a_fault_of_the_loop_is_no_rounding(
