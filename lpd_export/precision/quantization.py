@@ -1,6 +1,7 @@
 """INT8 as explicit QuantizeLinear and DequantizeLinear pairs around matrix products.
 
-Knows how a layer is quantized: symmetric, weights per output channel, activations per tensor.
+Knows how a layer is quantized: weights symmetric and per output channel, activations per tensor,
+symmetric but for what GELU gives, which is never far below 0 and would waste half the levels.
 Which layers, and with which activation ranges, is decided elsewhere and handed in. Biases,
 normalizations, attention and everything between stay in the graph's float type.
 """
@@ -21,6 +22,8 @@ LEVELS = 127
 """Largest level of a symmetric 8-bit integer."""
 CLIPPING = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of the largest magnitude at which cutting off an activation is tried."""
+LOWEST = {"Gelu": -0.17}
+"""The least that an operator gives, whatever goes in."""
 OUTPUT_AXIS = {"MatMul": 1, "Conv": 0}
 """The axis of output channels in the weight of each operator that is quantized."""
 
@@ -53,6 +56,31 @@ def step_of(activation_range: float) -> float:
     return (activation_range or 1.0) / LEVELS
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The 256 values that an activation is rounded to."""
+
+    step: float
+    """The distance of two of them."""
+    zero: int
+    """The level of 0, in -128 to 127; 0 if they are symmetric."""
+
+    @property
+    def center(self) -> float:
+        """The value of level 0."""
+        return -self.zero * self.step
+
+
+def grid_of(activation: ir.Value, largest: float) -> Grid:
+    """The grid of an activation that is cut off at the magnitude `largest`."""
+    producer = activation.producer()
+    lowest = LOWEST.get(producer.op_type if producer else "", -np.inf)
+    if largest <= -lowest:
+        return Grid(step_of(largest), 0)
+    step = (largest - lowest) / 255
+    return Grid(step, round(-lowest / step) - 128)
+
+
 def simulate_layer(
     model: ir.Model, layer: Layer, activation_range: float, weight: bool
 ) -> tuple[ir.Value, ir.Value]:
@@ -67,8 +95,8 @@ def simulate_layer(
     assert activation is not None
     assert exact_weight is not None
     assert exact_weight.dtype is not None
-    step = step_of(activation_range)
-    levels_of_activation = _quantized(graph, node, activation, step, False, exact_weight.dtype)
+    grid = grid_of(activation, activation_range)
+    levels_of_activation = _quantized(graph, node, activation, grid, True, exact_weight.dtype)
     rounded = _dequantized(graph, node, levels_of_activation)
     if not weight:
         return rounded, activation
@@ -115,7 +143,8 @@ def quantize(
         model: a graph in any float type, which the DequantizeLinears give back.
         layers: the largest magnitude of a layer's activation, by the layer's node name.
         unsigned: let activations be uint8 around 128, which ONNX Runtime's CPU kernels want;
-            TensorRT takes int8 alone. The levels are the same.
+            TensorRT takes int8 around 0 alone: there, an activation whose levels are not symmetric
+            is moved by their center, and what that is worth goes into the layer's bias.
     """
     graph = model.graph
     quantized: dict[tuple[str, float, bool], Levels] = {}
@@ -128,10 +157,12 @@ def quantize(
         assert weight is not None
         float_type = weight.dtype
         assert float_type is not None
-        scale = step_of(layers[layer.node])
-        key = (layer.activation, scale, unsigned)
+        grid = grid_of(activation, layers[layer.node])
+        if grid.zero and not unsigned:
+            activation, grid = _centered(graph, node, activation, grid), Grid(grid.step, 0)
+        key = (str(activation.name), grid.step, unsigned)
         if key not in quantized:
-            quantized[key] = _quantized(graph, node, activation, scale, unsigned, float_type)
+            quantized[key] = _quantized(graph, node, activation, grid, unsigned, float_type)
         node.replace_input_with(0, _dequantized(graph, node, quantized[key]))
         node.replace_input_with(1, _dequantized_weight(graph, node, weight, layer.operator))
         if not weight.uses():
@@ -147,20 +178,55 @@ class Levels(NamedTuple):
     scale: float
 
 
+def _centered(graph: ir.Graph, node: ir.Node, activation: ir.Value, grid: Grid) -> ir.Value:
+    """An activation less the center of its grid; the bias after the layer makes up for it."""
+    weight, (use,) = node.inputs[1], node.outputs[0].uses()
+    assert weight is not None
+    assert weight.dtype is not None
+    assert weight.const_value is not None
+    assert use.node.op_type == "Add"
+    number_type = NUMPY_TYPES.get(weight.dtype, np.float32)
+    center = np.asarray(grid.center, number_type)
+    levels, scales = quantize_weight(weight.const_value.numpy(), 1, weight.dtype)
+    worth = float(center) * levels.sum(axis=0, dtype=np.int64) * scales.astype(np.float64)
+    bias = use.node.inputs[1 - use.idx]
+    assert bias is not None
+    assert bias.const_value is not None
+    changed = _constant(
+        graph,
+        f"{node.name}/bias",
+        (bias.const_value.numpy().astype(np.float64) + worth).astype(number_type),
+        weight.dtype,
+    )
+    use.node.replace_input_with(1 - use.idx, changed)
+    if not bias.uses():
+        del graph.initializers[str(bias.name)]
+    moved = ir.node(
+        "Sub",
+        [activation, _constant(graph, f"{node.name}/center", center, weight.dtype)],
+        name=f"{node.name}/activation/Sub",
+    )
+    moved.outputs[0].name, moved.outputs[0].type = moved.name, activation.type
+    moved.outputs[0].shape = activation.shape
+    graph.insert_before(node, moved)
+    return moved.outputs[0]
+
+
 def _quantized(
     graph: ir.Graph,
     before: ir.Node,
     activation: ir.Value,
-    scale: float,
+    grid: Grid,
     unsigned: bool,
     float_type: ir.DataType,
 ) -> Levels:
     """An activation as its nearest levels."""
     # The step is part of the name: one activation may be tried with several.
+    scale = grid.step
     stem = f"{before.name}/activation/{scale:.6g}"
     step = _constant(graph, f"{stem}_scale", representable(np.array(scale), float_type), float_type)
     level_type = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
-    middle = np.uint8(128) if unsigned else np.int8(0)
+    middle = np.uint8(128 + grid.zero) if unsigned else np.int8(grid.zero)
     zero = _constant(graph, f"{stem}_zero_point", np.asarray(middle), level_type)
     levels = ir.node("QuantizeLinear", [activation, step, zero], name=f"{stem}/QuantizeLinear")
     levels.outputs[0].dtype, levels.outputs[0].shape = level_type, activation.shape

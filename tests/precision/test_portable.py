@@ -383,7 +383,12 @@ def test_unsigned_activations_have_the_levels_of_signed_ones(
     for kind in ("signed", "changed", "unsigned"):
         models[kind] = model = ir.load(exact / f"{graph}.onnx")
         lower(model, around)
-        ranges = {layer.node: 1.0 + i for i, layer in enumerate(quantizable_layers(model))}
+        ranges = {
+            layer.node: 1.0 + i
+            for i, layer in enumerate(quantizable_layers(model))
+            # What FP16 makes of the center of GELU's levels may move values to the next one.
+            if around == FLOAT32 or "Gelu" not in layer.activation
+        }
         quantize(model, ranges, unsigned=kind == "unsigned")
         if kind == "changed":
             make_activations_unsigned(model)
