@@ -2,14 +2,16 @@
 
     python scripts/claims.py                # the demo model, 2000 images a row
     python scripts/claims.py --samples 200  # a first look
+    python scripts/claims.py --raster engines/raster --alone engines/alone    # models of their own
 
 The rows are raster order with one token a step, random and locality-aware orders in fewer and fewer
 steps, and locality-aware order whose queries cannot see one another. For each, images are drawn
 from the exported bundle and compared with the training images: by the Fréchet distance between the
 features that a classifier of the same images sees, and by how often it sees the class that was
-asked for. The likelihood is that of held-out images, teacher-forced in the PyTorch reference. The
-time is of one image alone. The table is printed; --out holds it as claims.json, the curves as
-claims.png and a sheet of samples a row.
+asked for. The likelihood is that of held-out images, teacher-forced. The time is of one image
+alone. A model that was trained for raster order, or without mutual visibility, is given as a bundle
+of its own, of the same tokenizer and classes. The table is printed; --out holds it as claims.json,
+the curves as claims.png and a sheet of samples a row.
 
 It takes an hour on a laptop and can be stopped: what is drawn is kept and not drawn again, and a
 greater --samples adds to it.
@@ -56,7 +58,7 @@ from lpd_export.images import contact_sheet, save_png
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.schedule.schedule_file import Schedule
-from lpd_reference import LPD, CheckpointError, load_lpd, load_tokenizer
+from lpd_reference import CheckpointError, load_tokenizer
 from training.classifier import Classifier, frechet_distance
 from training.classifier import load as load_classifier
 from training.data import ImageSet, TrainingError, load_image_set, seeded, to_signed
@@ -64,7 +66,7 @@ from training.data import ImageSet, TrainingError, load_image_set, seeded, to_si
 EXIT_FAILED = 1
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
-STEPS = "64,32,20,12,8"
+STEPS = "256,64,32,20,12,8"
 PUBLISHED_STEPS = 20
 """At which the queries' view of one another is taken away."""
 ORDERS = 256
@@ -75,8 +77,7 @@ TIMED = 7
 """Images timed of each variant, one at a time, after one that is not."""
 FOLDS = 20
 """Parts of the samples of which each is left out once, to see how sure a distance is."""
-LPD_FILE, TOKENIZER_FILE = "lpd.safetensors", "vq.safetensors"
-CLASSIFIER_FILE = "classifier.safetensors"
+TOKENIZER_FILE, CLASSIFIER_FILE = "vq.safetensors", "classifier.safetensors"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class Setting:
     """What all variants share."""
 
     bundle: Path
+    raster: Path | None
+    """A bundle whose model was trained for raster order."""
+    alone: Path | None
+    """A bundle whose model was trained without mutual visibility."""
     models: Path
     grid: int
     repulsion: int
@@ -98,14 +103,20 @@ class Setting:
     kept: Path
     """What is drawn, in a folder of everything that it depends on but the variant."""
 
+    def bundle_of(self, variant: Variant) -> Path:
+        own = self.raster if variant.kind == "raster" else self.alone
+        return own if variant.own_model and own is not None else self.bundle
 
-def variants(grid: int, steps: list[int]) -> list[Variant]:
-    """The rows of the table."""
-    return [
-        Variant("raster", grid * grid),
-        *(Variant(kind, count) for kind in ("random", "locality") for count in steps),
-        replace(published_variant(steps), mutual_visibility=False),
-    ]
+    def variants(self, steps: list[int]) -> list[Variant]:
+        """The rows of the table."""
+        published = published_variant(steps)
+        alone = replace(published, mutual_visibility=False)
+        return [
+            Variant("raster", self.grid**2, own_model=self.raster is not None),
+            *(Variant(kind, count) for kind in ("random", "locality") for count in steps),
+            alone,
+            *([replace(alone, own_model=True)] if self.alone is not None else []),
+        ]
 
 
 def published_variant(steps: list[int]) -> Variant:
@@ -162,15 +173,19 @@ _setting: Setting
 
 
 @functools.lru_cache(maxsize=1)
-def open_pipeline(mutual_visibility: bool) -> Pipeline:
-    return Pipeline.open(_setting.bundle, threads=1, mutual_visibility=mutual_visibility)
+def open_pipeline(bundle: Path, mutual_visibility: bool) -> Pipeline:
+    return Pipeline.open(bundle, threads=1, mutual_visibility=mutual_visibility)
+
+
+def pipeline_of(variant: Variant) -> Pipeline:
+    return open_pipeline(_setting.bundle_of(variant), variant.mutual_visibility)
 
 
 @torch.inference_mode()
 def draw(variant: Variant, start: int, stop: int) -> None:
     """Draws samples `start` to `stop` and keeps what the classifier sees in them."""
     labels = labels_of(_setting.training, start, stop)
-    images = open_pipeline(variant.mutual_visibility).stream(
+    images = pipeline_of(variant).stream(
         [
             ImageRequest(label, _setting.seed, index, _setting.sampling)
             for index, label in enumerate(labels, start)
@@ -197,28 +212,29 @@ def measure_likelihood(variant: Variant, training: bool, start: int, stop: int) 
 
     They are held-out images, or as many training images.
     """
-    model, token_ids, all_labels = open_reference(training)
-    rows = torch.arange(start, stop)
+    token_ids, labels = tokenized(training)
+    rows = np.arange(start, stop)
     schedule = schedule_of(variant, _setting.grid, _setting.repulsion)
-    orders = torch.from_numpy(schedule.orders.astype(np.int64))
-    ids, order = token_ids[rows], orders[rows % len(orders)]
-    labels, sizes = all_labels[rows], schedule.group_sizes.tolist()
-    logits = model(ids, labels, order, sizes, variant.mutual_visibility)
+    orders = schedule.orders[rows % len(schedule.orders)].astype(np.int64)
+    ids, order = token_ids[start:stop], torch.from_numpy(orders)
+    pipeline = pipeline_of(variant)
+    logits = pipeline.forced_logits(
+        ids.numpy(), labels[start:stop].tolist(), orders, pipeline.sampling(cfg=1.0), schedule
+    )
     nats = F.cross_entropy(logits.transpose(1, 2), ids.gather(1, order), reduction="none")
     file = likelihood_file(variant, training, _setting, start, stop)
     save_arrays(file, nats=nats.mean(dim=1).numpy())
 
 
 @functools.cache
-def open_reference(training: bool) -> tuple[LPD, torch.Tensor, torch.Tensor]:
-    """The reference, and token ids [N, S] and labels [N] of held-out or training images."""
-    model = load_lpd(_setting.models / LPD_FILE).eval()
+def tokenized(training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [N, S] and labels [N] of held-out or training images."""
     tokenizer = load_tokenizer(_setting.models / TOKENIZER_FILE).eval()
     images, count = _setting.training if training else _setting.held_out, len(_setting.held_out)
     some = shuffled(len(images), 0)[:count]
     pixels = to_signed(images.pixels[some])
     token_ids = torch.cat([tokenizer.encode(part) for part in pixels.split(CHUNK)])
-    return model, token_ids, images.labels[some]
+    return token_ids, images.labels[some]
 
 
 def samples_file(variant: Variant, setting: Setting, start: int, stop: int) -> Path:
@@ -312,12 +328,14 @@ def measure_times(
 ) -> dict[Variant, float]:
     """Median seconds an image of each variant, one image at a time, the variants in turn."""
     task = progress.add_task("timing", total=(TIMED + 1) * len(rows))
-    pipeline = Pipeline.open(setting.bundle, threads=1)
     label = labels_of(setting.training, 0, 1)[0]
+    bundles = {setting.bundle_of(variant) for variant in rows}
+    pipelines = {bundle: Pipeline.open(bundle, threads=1) for bundle in bundles}
     seconds: dict[Variant, list[float]] = {variant: [] for variant in rows}
     for turn in range(TIMED + 1):
         for variant in rows:
-            # A mask of other values takes no other time: the same pipeline serves all.
+            # A mask of other values takes no other time.
+            pipeline = pipelines[setting.bundle_of(variant)]
             schedule = schedule_of(variant, setting.grid, setting.repulsion)
             start = time.perf_counter()
             request = ImageRequest(label, setting.seed, turn, setting.sampling)
@@ -366,16 +384,14 @@ def read_steps(text: str, grid: int) -> list[int]:
     """Numbers of steps, separated by commas, most first."""
     words = text.split(",")
     most = grid * grid
-    if not all(word.strip().isdecimal() and 1 <= int(word) < most for word in words):
-        raise UserError(
-            f"--steps {text!r} must be whole numbers from 1 to {most - 1}, such as {STEPS}"
-        )
+    if not all(word.strip().isdecimal() and 1 <= int(word) <= most for word in words):
+        raise UserError(f"--steps {text!r} must be whole numbers from 1 to {most}, such as {STEPS}")
     return sorted({int(word) for word in words}, reverse=True)
 
 
 def measure(setting: Setting, steps: list[int], workers: int) -> Claims:
     """Everything that is printed."""
-    rows, published = variants(setting.grid, steps), published_variant(steps)
+    rows, published = setting.variants(steps), published_variant(steps)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -424,6 +440,8 @@ def mean_nats(variant: Variant, training: bool, setting: Setting) -> float:
 
 def read_setting(
     bundle: Path,
+    raster: Path | None,
+    alone: Path | None,
     images: Path,
     models: Path,
     samples: int,
@@ -436,7 +454,7 @@ def read_setting(
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     training, held_out = (load_image_set(images, split) for split in ("train", "validation"))
-    files = [models / name for name in (CLASSIFIER_FILE, LPD_FILE, TOKENIZER_FILE)]
+    files = [models / name for name in (CLASSIFIER_FILE, TOKENIZER_FILE)]
     classifier = load_classifier(files[0])
     if (training.resolution, len(training.class_names)) != (
         manifest.resolution,
@@ -451,12 +469,25 @@ def read_setting(
         cfg=manifest.cfg if cfg is None else cfg, guidance=cast(GuidanceSchedule, manifest.guidance)
     )
     # The weights are loaded by whoever works, but what is wrong with them is told at once.
-    load_lpd(files[1])
-    load_tokenizer(files[2])
-    digests = [*map(sha256, (bundle / MANIFEST, *files)), training.digest(), held_out.digest()]
+    load_tokenizer(files[1])
+    others = [other for other in (raster, alone) if other is not None]
+    for other in others:
+        theirs = Bundle.open(other).manifest
+        if (theirs.made["tokenizer"], theirs.class_names) != (
+            manifest.made["tokenizer"],
+            manifest.class_names,
+        ):
+            raise UserError(
+                f"{other} was not made of the tokenizer and classes of {bundle}: their images "
+                "cannot be compared"
+            )
+    manifests = [folder / MANIFEST for folder in (bundle, *others)]
+    digests = [*map(sha256, (*manifests, *files)), training.digest(), held_out.digest()]
     key = "-".join(digest[:6] for digest in digests)
     return Setting(
         bundle=bundle,
+        raster=raster,
+        alone=alone,
         models=models,
         grid=manifest.model.grid,
         repulsion=opened.schedule().repulsion or 0,
@@ -477,6 +508,14 @@ def read_setting(
     "--bundle", type=click.Path(path_type=Path), default=Path("engines/demo"), show_default=True
 )
 @click.option(
+    "--raster", type=click.Path(path_type=Path), help="A bundle trained for raster order."
+)
+@click.option(
+    "--alone",
+    type=click.Path(path_type=Path),
+    help="A bundle trained without mutual visibility.",
+)
+@click.option(
     "--images", type=click.Path(path_type=Path), default=Path("data/lpd-emoji"), show_default=True
 )
 @click.option(
@@ -484,7 +523,7 @@ def read_setting(
     type=click.Path(path_type=Path),
     default=Path("models/lpd-emoji"),
     show_default=True,
-    help="Folder of lpd.safetensors, vq.safetensors and classifier.safetensors.",
+    help="Folder of vq.safetensors and classifier.safetensors.",
 )
 @click.option(
     "--samples",
@@ -505,6 +544,8 @@ def read_setting(
 )
 def main(
     bundle: Path,
+    raster: Path | None,
+    alone: Path | None,
     images: Path,
     models: Path,
     samples: int,
@@ -517,7 +558,9 @@ def main(
 ) -> None:
     """Measures LPD's claims: few steps, their order, queries that see each other."""
     try:
-        setting = read_setting(bundle, images, models, samples, seed, batch, cfg, out)
+        setting = read_setting(
+            bundle, raster, alone, images, models, samples, seed, batch, cfg, out
+        )
         counts = read_steps(steps, setting.grid)
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / ".lock", timeout=0):

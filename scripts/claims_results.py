@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -26,14 +26,18 @@ class Variant:
     """raster, random or locality."""
     steps: int
     mutual_visibility: bool = True
+    own_model: bool = False
+    """Whether the model was trained for this, in raster order or without mutual visibility."""
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.steps}" + ("" if self.mutual_visibility else "-alone")
+        alone, own = not self.mutual_visibility, self.own_model
+        return f"{self.kind}-{self.steps}" + "-alone" * alone + "-own" * own
 
     @property
     def title(self) -> str:
-        return self.kind + ("" if self.mutual_visibility else ", each query alone")
+        alone, own = not self.mutual_visibility, self.own_model
+        return self.kind + ", each query alone" * alone + ", trained so" * own
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class Claims:
 
 def table(claims: Claims) -> str:
     """The result as a table in Markdown, for the docs and the terminal alike."""
-    raster, published = claims.rows[0], replace(claims.rows[-1].variant, mutual_visibility=True)
+    raster = claims.rows[0]
+    published = Variant(claims.rows[-1].variant.kind, claims.rows[-1].variant.steps)
     lines = [
         "| order | steps | Fréchet distance | accuracy | nats a token | ms an image | faster |",
         "|---|---|---|---|---|---|---|",
@@ -151,9 +156,9 @@ def draw_curves(claims: Claims, panels: list[Axes]) -> None:
                 axes.plot(
                     row.variant.steps,
                     unit * getattr(row, metric),
-                    "X" if alone else "D",
+                    "D" if not alone else "P" if row.variant.own_model else "X",
                     color=COLOURS["alone" if alone else "raster"],
-                    label="locality, each query alone" if alone else "raster order",
+                    label=row.variant.title,
                 )
         if metric == "frechet_distance":
             axes.axhline(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.progress import Progress
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import claims
 import claims_results
@@ -150,9 +150,9 @@ def test_time_of_a_row_is_of_its_own_steps(
     monkeypatch.setattr(OnnxRuntimeExecutor, "bind", counting_bind)
     monkeypatch.setattr(claims.time, "perf_counter", lambda: float(len(ran)))
     setting = claims.read_setting(
-        *(parts / name for name in ("bundle", "images", "models")), 8, 0, 8, None, tmp_path
+        parts / "bundle", None, None, parts / "images", parts / "models", 8, 0, 8, None, tmp_path
     )
-    rows = claims.variants(4, [8, 4])
+    rows = setting.variants([8, 4])
     with Progress(disable=True) as progress:
         seconds = claims.measure_times(rows, setting, progress)
     assert seconds == {row: row.steps + 1 for row in rows}  # and one for the image
@@ -160,10 +160,56 @@ def test_time_of_a_row_is_of_its_own_steps(
 
 
 def test_published_variants() -> None:
-    rows = claims.variants(16, claims.read_steps(claims.STEPS, 16))
-    assert rows[0] == claims_results.Variant("raster", 256)
-    assert [row.steps for row in rows[1:-1]] == 2 * [64, 32, 20, 12, 8]
-    assert rows[-1] == claims_results.Variant("locality", 20, mutual_visibility=False)
+    assert claims.read_steps(claims.STEPS, 16) == [256, 64, 32, 20, 12, 8]
+    assert claims.published_variant([256, 20]) == claims_results.Variant("locality", 20)
+    assert claims.published_variant([8, 4]) == claims_results.Variant("locality", 8)
+
+
+def test_models_of_their_own(parts: Path, tmp_path: Path) -> None:
+    """What was trained for raster order, or without mutual visibility, is drawn from its bundle."""
+    other = save_other_weights(parts / "models" / "lpd.safetensors", tmp_path / "other.safetensors")
+    build(
+        BuildRequest(
+            checkpoint=str(other),
+            tokenizer=str(parts / "models" / "vq.safetensors"),
+            classes=str(parts / "images" / "classes.json"),
+            steps=4,
+            repulsion=REPULSION,
+            out=str(tmp_path / "other"),
+        )
+    )
+    out, own = tmp_path / "claims", tmp_path / "other"
+    result = measure(parts, out, samples=8, steps="4", raster=own, alone=own)
+    assert result.exit_code == 0, result.output
+    rows = {row.variant.title: row for row in claims_results.Claims.read(out / "claims.json").rows}
+    assert list(rows) == [
+        "raster, trained so",
+        "random",
+        "locality",
+        "locality, each query alone",
+        "locality, each query alone, trained so",
+    ]
+    held_out = load_image_set(parts / "images", "validation")
+    tokenizer = load_tokenizer(parts / "models" / "vq.safetensors").eval()
+    model = load_lpd(other).eval()
+    some = claims.shuffled(len(held_out), 0)
+    with torch.inference_mode():
+        ids = tokenizer.encode(to_signed(held_out.pixels[some]))
+        raster = torch.arange(16).expand_as(ids)
+        logits = model(ids, held_out.labels[some], raster, [1] * 16)
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    assert rows["raster, trained so"].nats == pytest.approx(float(nats), abs=1e-5)
+    assert "trained so" in claims_results.table(claims_results.Claims.read(out / "claims.json"))
+    stranger = measure(parts, tmp_path / "none", raster=parts / "nowhere")
+    assert stranger.exit_code == 2
+
+
+def save_other_weights(path: Path, other: Path) -> Path:
+    """Those of a file, with others for the tokens of images."""
+    weights = load_file(path)
+    weights["token_emb.weight"] = weights["token_emb.weight"].flip(0)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, other)
+    return other
 
 
 def test_a_row_is_what_the_bundle_generates(parts: Path, measured: Path) -> None:
@@ -189,26 +235,23 @@ def test_a_row_is_what_the_bundle_generates(parts: Path, measured: Path) -> None
 
 
 @pytest.mark.parametrize("place", [0, 3, 5])
-def test_likelihood_is_the_bundle_s(parts: Path, measured: Path, place: int) -> None:
+def test_likelihood_is_the_reference_s(parts: Path, measured: Path, place: int) -> None:
     """The exported graphs, step by step on caches, say the same of images that were held out."""
     row = claims_results.Claims.read(measured / "claims.json").rows[place]
-    pipeline = Pipeline.open(parts / "bundle", mutual_visibility=row.variant.mutual_visibility)
     held_out = load_image_set(parts / "images", "validation")
     tokenizer = load_tokenizer(parts / "models" / "vq.safetensors").eval()
+    model = load_lpd(parts / "models" / "lpd.safetensors").eval()
     some = claims.shuffled(len(held_out), 0)
-    with torch.inference_mode():
-        token_ids = tokenizer.encode(to_signed(held_out.pixels[some]))
     schedule = claims.schedule_of(row.variant, 4, REPULSION)
-    orders = schedule.orders[np.arange(len(token_ids)) % schedule.count].astype(np.int64)
-    logits = pipeline.forced_logits(
-        token_ids.numpy(),
-        held_out.labels[some].tolist(),
-        orders,
-        pipeline.sampling(cfg=1.0),
-        schedule,
-    )
-    targets = token_ids.gather(1, torch.from_numpy(orders))
-    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    orders = torch.from_numpy(schedule.orders.astype(np.int64))
+    with torch.inference_mode():
+        ids = tokenizer.encode(to_signed(held_out.pixels[some]))
+        orders = orders[torch.arange(len(ids)) % len(orders)]
+        sizes = schedule.group_sizes.tolist()
+        mutual = row.variant.mutual_visibility
+        logits = model(ids, held_out.labels[some], orders, sizes, mutual)
+        targets = ids.gather(1, orders).flatten()
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
     assert row.nats == pytest.approx(float(nats), abs=1e-5)
 
 
@@ -401,7 +444,7 @@ def test_ctrl_c_keeps_what_is_drawn(parts: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"steps": "16,4"}, "--steps '16,4' must be whole numbers from 1 to 15"),
+        ({"steps": "17,4"}, "--steps '17,4' must be whole numbers from 1 to 16"),
         ({"steps": "four"}, "--steps 'four'"),
         ({"bundle": "nowhere"}, "nowhere"),
         ({"models": "nowhere"}, "there is no classifier nowhere"),
