@@ -78,17 +78,12 @@ class Network:
 
     Attributes:
         version: of the library.
-        layers: before fusion.
-        inputs, outputs: how many tensors go in and out.
         attentions: by name, the heads and their width.
         decomposable: the names of those that may fall apart.
         cache_updates: caches that are updated in place.
     """
 
     version: str
-    layers: int
-    inputs: int
-    outputs: int
     attentions: dict[str, tuple[int, int]]
     decomposable: tuple[str, ...]
     cache_updates: int
@@ -183,9 +178,8 @@ def builder_config(
 
 def inspect_network(trt: Any, job: Compilation, network: Any) -> Network:
     """What the library made of a graph; raises UserError for a decode graph that would be slow."""
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
     heads, decomposable, updated = {}, [], set()
-    for layer in layers:
+    for layer in map(network.get_layer, range(network.num_layers)):
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
             attention = layer.attention
@@ -217,9 +211,6 @@ def inspect_network(trt: Any, job: Compilation, network: Any) -> Network:
         )
     return Network(
         version=trt.__version__,
-        layers=len(layers),
-        inputs=network.num_inputs,
-        outputs=network.num_outputs,
         attentions=heads,
         decomposable=tuple(decomposable),
         cache_updates=len(updated),

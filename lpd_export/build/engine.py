@@ -48,8 +48,7 @@ class EngineReport:
         copied_caches: caches, by the name `past_...` or `present_...`, that a layer reads whole
             without being fused attention or their update in place: it writes a copy, for
             attention to read. One that is updated in place is `present_...` throughout.
-        network_layers, engine_layers: layers before and after fusion; the latter of all profiles.
-        inputs, outputs: how many tensors go in and out.
+        engine_layers: layers after fusion, of all profiles.
         profiles: optimization profiles, 1 for a graph of static shapes.
         size: of the serialized engine, in bytes.
         seconds: that compiling took.
@@ -63,10 +62,7 @@ class EngineReport:
     fused_kernels: tuple[str, ...]
     cache_updates: int
     copied_caches: tuple[str, ...]
-    network_layers: int
     engine_layers: int
-    inputs: int
-    outputs: int
     profiles: int
     size: int
     seconds: float
@@ -132,9 +128,6 @@ def compile_graph(
         attentions=len(network.attentions),
         decomposable_attentions=len(network.decomposable),
         cache_updates=network.cache_updates,
-        network_layers=network.layers,
-        inputs=network.inputs,
-        outputs=network.outputs,
         profiles=max(1, len(profiles)),
         size=engine.stat().st_size,
         seconds=time.perf_counter() - started,

@@ -60,6 +60,11 @@ def save(path: Path, state: dict[str, Any]) -> Path:
     return path
 
 
+def request_of(weights: Path, out: Path) -> BuildRequest:
+    files = {"checkpoint": str(weights / "lpd.pth"), "tokenizer": str(weights / "vq.pt")}
+    return BuildRequest(**files, steps=4, out=str(out))
+
+
 def state_of(path: Path) -> dict[str, Any]:
     return dict(torch.load(path)["model"])
 
@@ -291,47 +296,21 @@ def test_a_dry_run_fetches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("--res 256 --precision fp8", "'fp8' is not one of 'fp32', 'bf16', 'fp16', 'int8'"),
         ("--res 256 --workspace 64", "--workspace is for engines: it needs --backend tensorrt or"),
         ("--res 256 --compute-capability 8.9", "--compute-capability is for engines"),
-        (
-            "--res 256 --backend tensorrt-rtx --optimization-level 9",
-            "--optimization-level must be a whole number from 0 to 5, but it is 9",
-        ),
-        (
-            "--res 256 --backend tensorrt-rtx --compute-capability 1.0",
-            "not for '1.0'",
-        ),
+        ("--res 256 --backend tensorrt-rtx --compute-capability 1.0", "not for '1.0'"),
         ("--res 256 --backend tvm", "'tvm' is not one of"),
         ("--model lpd-s", "there is no model 'lpd-s': the published ones are lpd-l, lpd-xl, lpd-x"),
         ("--model lpd-xxl --res 512", "lpd-xxl was not published at 512 px: give a --checkpoint"),
         ("--res 384", "lpd-l was not published at 384 px"),
         ("--res 250 --random-weights", "--res 250 is not a multiple of the tokenizer's stride"),
-        ("--res 0", "--res must be a whole number from 1 to 2048, but it is 0"),
-        ("--res -256", "--res must be a whole number from 1 to 2048, but it is -256"),
         ("--res big", "'big' is not a valid integer"),
         ("--random-weights --checkpoint a", "--random-weights goes with neither --checkpoint nor"),
         ("--random-weights --tokenizer a", "--random-weights goes with neither --checkpoint nor"),
         ("--tokenizer a", "--tokenizer needs --checkpoint"),
         ("--res 256 --heads 16", "--heads needs --checkpoint"),
-        ("--checkpoint a --heads 0", "--heads must be a whole number from 1 to 1024, but it is 0"),
-        ("--res 256 --steps 0", "--steps must be a whole number from 1 to 16384, but it is 0"),
-        (
-            "--res 256 --max-batch 0",
-            "--max-batch must be a whole number from 1 to 4096, but it is 0",
-        ),
-        ("--res 256 --orders -1", "--orders must be a whole number from 1 to 10000, but it is -1"),
-        ("--res 256 --cfg -1", "--cfg must be a number from 0 to 1000, but it is -1.0"),
-        ("--res 256 --repulsion -1", "--repulsion must be a whole number from 0 to 1024, but"),
         ("--res 256 --cfg nan", "--cfg must be a number from 0 to 1000, but it is nan"),
-        ("--res 256 --cfg inf", "--cfg must be a number from 0 to 1000, but it is inf"),
-        ("--res 256 --cfg 1e308", "--cfg must be a number from 0 to 1000, but it is 1e+308"),
         (
             f"--res 256 --repulsion {'9' * 23}",
             f"--repulsion must be a whole number from 0 to 1024, but it is {'9' * 23}",
-        ),
-        ("--res 1000000", "--res must be a whole number from 1 to 2048, but it is 1000000"),
-        ("--res 256 --workspace 0", "--workspace must be a whole number from 1 to 1000000, but"),
-        (
-            "--res 256 --seed -1",
-            "--seed must be a whole number from 0 to 2^64 - 1, but it is -1",
         ),
         (
             f"--res 256 --seed {2**64}",
@@ -468,28 +447,20 @@ def test_foreign_checkpoints(
     assert entries(tmp_path) == ["changed.pth"]
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "tokenizer", "message"),
+    [
+        ("vq.pt", "vq.pt", "vq.pt is not an LPD checkpoint: the key class_emb.weight is missing"),
+        ("lpd.pth", "lpd.pth", "is not a VQ tokenizer: the key encoder.conv_in.weight is missing"),
+        ("lpd.pth", EMOJI_WEIGHTS / "vq_emoji32.pt", "64 tokens, the tokenizer's codebook"),
+    ],
+)
 @pytest.mark.usefixtures("no_export")
-def test_swapped_weights(small_weights: Path, tmp_path: Path) -> None:
-    checkpoint, tokenizer = small_weights / "lpd.pth", small_weights / "vq.pt"
-    said = mistake(
-        "build", "--checkpoint", tokenizer, "--tokenizer", tokenizer, "--out", tmp_path / "a"
-    )
-    assert f"{tokenizer} is not an LPD checkpoint: the key class_emb.weight is missing" in said
-    said = mistake(
-        "build", "--checkpoint", checkpoint, "--tokenizer", checkpoint, "--out", tmp_path / "a"
-    )
-    assert f"{checkpoint} is not a VQ tokenizer: the key encoder.conv_in.weight is missing" in said
-    assert entries(tmp_path) == []
-
-
-@pytest.mark.usefixtures("no_export")
-def test_a_tokenizer_of_another_vocabulary(small_weights: Path, tmp_path: Path) -> None:
-    checkpoint, tokenizer = small_weights / "lpd.pth", EMOJI_WEIGHTS / "vq_emoji32.pt"
-    said = mistake(
-        "build", "--checkpoint", checkpoint, "--tokenizer", tokenizer, "--out", tmp_path / "a"
-    )
-    assert said.startswith(f"{checkpoint} and {tokenizer} do not belong together")
-    assert "the model's vocabulary has 64 tokens, the tokenizer's codebook" in said
+def test_weights_that_do_not_belong_together(
+    small_weights: Path, tmp_path: Path, checkpoint: str, tokenizer: str | Path, message: str
+) -> None:
+    files = ["--checkpoint", small_weights / checkpoint, "--tokenizer", small_weights / tokenizer]
+    assert message in mistake("build", *files, "--out", tmp_path / "a")
     assert entries(tmp_path) == []
 
 
@@ -632,14 +603,8 @@ def test_memory_that_runs_out(
         raise raised.value
 
     monkeypatch.setattr(lpd_export.build.build, "write_exact_graphs", write_some_graphs)
-    request = BuildRequest(
-        checkpoint=str(small_weights / "lpd.pth"),
-        tokenizer=str(small_weights / "vq.pt"),
-        steps=4,
-        out=str(tmp_path / "a/b"),
-    )
     with pytest.raises(UserError, match=r"^memory ran out during the build: end other programs"):
-        build(request)
+        build(request_of(small_weights, tmp_path / "a/b"))
     assert entries(tmp_path) == []
 
 
@@ -697,14 +662,8 @@ def test_a_failure_in_the_middle_leaves_nothing(
         raise failure
 
     monkeypatch.setattr(lpd_export.build.build, "write_exact_graphs", write_some_graphs)
-    request = BuildRequest(
-        checkpoint=str(small_weights / "lpd.pth"),
-        tokenizer=str(small_weights / "vq.pt"),
-        steps=4,
-        out=str(tmp_path / "a/b"),
-    )
     with pytest.raises(expected):
-        build(request)
+        build(request_of(small_weights, tmp_path / "a/b"))
     assert entries(tmp_path) == []
 
 

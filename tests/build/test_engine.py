@@ -132,7 +132,6 @@ def check_decode(compiled: Compiled, depth: int, precision: str) -> None:
     )
     caches = {f"present_{kind}_{number}" for kind in ("key", "value") for number in range(depth)}
     assert set(report.copied_caches) == set(moved) == caches
-    assert (report.inputs, report.outputs) == (4 + 2 * depth, 1 + 2 * depth)
     assert report.size == len(engine) > 100_000
     for number in range(depth):  # the log's own words, without our reading of it
         assert len(re.findall(rf"KVCACHE_UPDATE blocks\.{number}/TensorScatter", log)) == 2
@@ -179,7 +178,7 @@ def test_tokenizer_graphs_compile_with_attention_that_may_fall_apart(
     report = compile_file(path, tmp_path, graph=graph, profiles=tokenizer_profiles(2)).report
     nodes = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
     assert report.decomposable_attentions == report.attentions == nodes.count("Attention") > 0
-    assert (report.inputs, report.outputs, report.cache_updates) == (1, 1, 0)
+    assert report.cache_updates == 0
     assert report.notes == ()
 
 
@@ -291,7 +290,7 @@ def test_no_more_is_said_of_unfused_attention_than_is_known(
     backend: str, heads: int, width: int, reason: str
 ) -> None:
     attentions = {"a": (9, 9), "b": (heads, width)}
-    network = Network("", 9, 9, 9, attentions, decomposable=("a",), cache_updates=4)
+    network = Network("", attentions, decomposable=("a",), cache_updates=4)
     log = "Attention operation was not supported by a dedicated kernel."
     assert f"nodes like b, {reason}; build" in engine._explain(log, EngineOptions(backend), network)
 

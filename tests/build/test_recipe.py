@@ -1,5 +1,6 @@
 """Recipes: what they say becomes a request, and a mistake in one is told with its line."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,24 @@ def test_a_request_from_python() -> None:
         assert str(raised.value).startswith(message)
     assert BuildRequest(cfg=3).cfg == 3.0
     assert BuildRequest(seed=2**64 - 1).seed == 2**64 - 1
+
+
+def test_every_bound_of_a_setting_holds() -> None:
+    bounded = set()
+    for name, schema in BuildRequest.model_json_schema()["properties"].items():
+        bounds = schema.get("anyOf", [schema])[0]
+        if "minimum" in bounds:
+            bounded.add(name)
+            least, most = bounds["minimum"], bounds["maximum"]
+            for value in (least - 1, most + 1, -math.inf, math.nan):
+                with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} must be a"):
+                    BuildRequest(**{name: value})
+            for value in (least, most):
+                assert getattr(BuildRequest(**{name: value}), name) == value
+    assert bounded == {
+        *("res", "steps", "heads", "orders", "repulsion", "cfg", "max_batch", "workspace"),
+        *("optimization_level", "seed"),
+    }
 
 
 @pytest.mark.parametrize(
