@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common as passes
 from onnxscript.onnx_opset import opset24
@@ -28,14 +27,13 @@ from torch.export import Dim
 
 from lpd_export.graphs import contract
 from lpd_export.graphs.modules import Decode, Detokenize, Tokenize
+from lpd_export.graphs.static import EMBEDDED_BYTES, make_static
 from lpd_export.schedule.phases import Phase
 from lpd_reference.lpd import LPD
 from lpd_reference.vq import VQTokenizer
 
 OPSET = 24
 WEIGHTS_FILE = "weights.data"
-EMBEDDED_BYTES = 256
-"""Initializers up to this size stay in the ONNX file, where shape inference can read them."""
 ALIGNMENT = 4096
 """Of each tensor in the weights file, so that it can be mapped page by page."""
 
@@ -226,28 +224,6 @@ def write_phases(folder: Path, phases: Sequence[Phase], rows: int) -> list[Path]
         paths.append(folder / f"{phase.name}.onnx")
         ir.save(model, paths[-1])
     return paths
-
-
-def make_static(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Gives the dynamic axes of a model's inputs their sizes, and folds all that follows."""
-    for value in model.graph.inputs:
-        assert value.shape is not None
-        value.shape = ir.Shape(
-            [
-                sizes[str(axis.value)] if isinstance(axis, ir.SymbolicDim) else axis
-                for axis in value.shape
-            ]
-        )
-    for node in model.graph:
-        for value in node.outputs:
-            value.shape = None
-    # Folds shapes alone: a folded Expand of `mask_token` would be another copy of a weight.
-    # The optimizer's rewriting did its work at the export, and takes four times as long as this.
-    onnxscript.optimizer.fold_constants(
-        model, onnx_shape_inference=True, output_size_limit=EMBEDDED_BYTES // 8
-    )
-    passes.RemoveUnusedNodesPass()(model)
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
 def check_model(path: Path) -> None:

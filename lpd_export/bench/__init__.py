@@ -1,0 +1,1 @@
+"""How fast a bundle is: measured, beside the least time that a device allows."""
