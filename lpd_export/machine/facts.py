@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,43 +186,35 @@ def _installed_version(module: str) -> str | None:
     return None
 
 
-def _try_torch() -> dict[str, Any]:
-    def more(torch: Any) -> dict[str, Any]:
-        told: dict[str, Any] = {"torch_cuda": torch.version.cuda, "gpus": []}
-        try:
-            if torch.version.cuda is None:
-                raise RuntimeError("it is a CPU build")
-            torch.cuda.init()  # unlike is_available it says why not
-            for index in range(torch.cuda.device_count()):
-                properties = torch.cuda.get_device_properties(index)
-                told["gpus"].append(
-                    {
-                        "name": properties.name,
-                        "memory": properties.total_memory,
-                        "capability": f"{properties.major}.{properties.minor}",
-                    }
-                )
-            return told | {"torch_gpu_problem": None}
-        except Exception as error:
-            return told | {"torch_gpu_problem": _short(str(error))}
-
-    return _try_package("torch", more)
+def _facts_of_torch(torch: Any) -> dict[str, Any]:
+    told: dict[str, Any] = {"torch_cuda": torch.version.cuda, "gpus": []}
+    try:
+        if torch.version.cuda is None:
+            raise RuntimeError("it is a CPU build")
+        torch.cuda.init()  # unlike is_available it says why not
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            told["gpus"].append(
+                {
+                    "name": properties.name,
+                    "memory": properties.total_memory,
+                    "capability": f"{properties.major}.{properties.minor}",
+                }
+            )
+        return told | {"torch_gpu_problem": None}
+    except Exception as error:
+        return told | {"torch_gpu_problem": _short(str(error))}
 
 
-def _try_onnxruntime() -> dict[str, Any]:
-    return _try_package(
-        "onnxruntime", lambda onnxruntime: {"providers": onnxruntime.get_available_providers()}
-    )
+def _facts_of_onnxruntime(onnxruntime: Any) -> dict[str, Any]:
+    return {"providers": onnxruntime.get_available_providers()}
 
 
-def _try_tensorrt_rtx() -> dict[str, Any]:
-    def more(tensorrt_rtx: Any) -> dict[str, Any]:
-        members = tensorrt_rtx.ComputeCapability.__members__
-        names = (re.fullmatch(r"SM(\d+)(\d)", member) for member in members)
-        known = sorted((int(name[1]), int(name[2])) for name in names if name)
-        return {"rtx_capabilities": [f"{major}.{minor}" for major, minor in known]}
-
-    return _try_package("tensorrt_rtx", more)
+def _facts_of_tensorrt_rtx(tensorrt_rtx: Any) -> dict[str, Any]:
+    members = tensorrt_rtx.ComputeCapability.__members__
+    names = (re.fullmatch(r"SM(\d+)(\d)", member) for member in members)
+    known = sorted((int(name[1]), int(name[2])) for name in names if name)
+    return {"rtx_capabilities": [f"{major}.{minor}" for major, minor in known]}
 
 
 def _try_cuda_provider() -> dict[str, Any]:
@@ -313,12 +306,12 @@ def _has_nvidia_hardware() -> bool:
 SUBJECTS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "nvidia": _ask_driver,
     "driver_library": _try_driver_library,
-    "torch": _try_torch,
-    "onnxruntime": _try_onnxruntime,
+    "torch": partial(_try_package, "torch", _facts_of_torch),
+    "onnxruntime": partial(_try_package, "onnxruntime", _facts_of_onnxruntime),
     "cuda_provider": _try_cuda_provider,
-    "tensorrt": lambda: _try_package("tensorrt"),
-    "tensorrt_rtx": _try_tensorrt_rtx,
-    "polygraphy": lambda: _try_package("polygraphy"),
+    "tensorrt": partial(_try_package, "tensorrt"),
+    "tensorrt_rtx": partial(_try_package, "tensorrt_rtx", _facts_of_tensorrt_rtx),
+    "polygraphy": partial(_try_package, "polygraphy"),
 }
 """What can be looked at, and how; what comes later wins."""
 

@@ -284,19 +284,6 @@ def test_a_chosen_profile_takes_the_shapes_and_is_the_nearest(
     assert distance(chosen) == min(distance(profile) for profile in profiles if takes(profile))
 
 
-def decode_profiles(rows: int) -> list[dict[str, ShapeRange]]:
-    """As for phases of 1 and 2 context tokens, 2 and 5 tokens."""
-    return [
-        {
-            "token_ids": ShapeRange((1, context), (rows, context), (rows, context)),
-            "positions": ShapeRange((1, tokens), (rows, tokens), (rows, tokens)),
-            "attention_mask": ShapeRange((tokens, 17), (tokens, 17), (tokens, 17)),
-            "write_index": ShapeRange((1,), (rows,), (rows,)),
-        }
-        for context, tokens in ((1, 2), (2, 5))
-    ]
-
-
 def test_ranges_take_the_dimensions_of_tensorrt(trt: Any) -> None:
     """An engine gives `Dims`, not tuples."""
     ranges = {"x": ShapeRange(*map(trt.Dims, ((1, 2), (2, 2), (4, 2))))}
@@ -305,32 +292,6 @@ def test_ranges_take_the_dimensions_of_tensorrt(trt: Any) -> None:
         choose_profile("decode", [ranges], {"x": (5, 2)})
     with pytest.raises(UserError, match=r"takes x of \[1, 2\] to \[4, 2\], not \[3, 3\]"):
         choose_profile("decode", [ranges], {"x": (3, 3)})
-
-
-def decode_shapes(rows: int, context: int, tokens: int) -> dict[str, tuple[int, ...]]:
-    return {
-        "token_ids": (rows, context),
-        "positions": (rows, tokens),
-        "attention_mask": (tokens, 17),
-        "write_index": (rows,),
-    }
-
-
-def test_each_phase_has_its_profile() -> None:
-    assert choose_profile("decode", decode_profiles(4), decode_shapes(2, 1, 2)) == 0
-    assert choose_profile("decode", decode_profiles(4), decode_shapes(4, 2, 5)) == 1
-
-
-@pytest.mark.parametrize(("context", "tokens"), [(1, 2), (2, 5)])
-def test_too_large_a_batch_is_told_with_what_to_do(context: int, tokens: int) -> None:
-    with pytest.raises(UserError, match=r"takes 4 rows at most .* not 6: .*--max-batch"):
-        choose_profile("decode", decode_profiles(4), decode_shapes(6, context, tokens))
-
-
-def test_a_schedule_that_the_engine_was_not_built_for_is_told() -> None:
-    message = r"takes positions of \[1, 5\] to \[4, 5\], not \[2, 6\]: .*--schedule"
-    with pytest.raises(UserError, match=message):
-        choose_profile("decode", decode_profiles(4), decode_shapes(2, 2, 6))
 
 
 # -------------------------------------------------------------------------------------- errors
