@@ -95,7 +95,7 @@ def plan(request: BuildRequest, report: Report = lambda stage: None) -> Plan:
     config, parameters = source.model.config, [source.model, source.tokenizer]
     memory, disk = needed_room(request, source)
     graphs = GRAPH_NAMES if BACKENDS[request.backend].compiles else ()
-    engines = [f"engines/{graph}.engine" for graph in graphs]
+    engines = [f"engines/{graph}.{kind}" for graph in graphs for kind in ("engine", "log")]
     return Plan(
         bundle=str(settings.out),
         model=(

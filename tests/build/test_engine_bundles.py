@@ -154,6 +154,14 @@ def test_a_bundle_holds_an_engine_and_its_log_for_each_graph(
     assert [path.name for path in bundle.path.parent.iterdir()] == [precision]
 
 
+def test_a_dry_run_names_the_files_of_engines(
+    bundles: Bundles, weights: list[object], tmp_path: Path
+) -> None:
+    options = rtx("--precision", "fp16", "--out", tmp_path / "a")
+    planned = json.loads(answer("build", *weights, *options, "--dry-run", "--json").out)
+    assert set(planned["files"]) == {"manifest.json", *bundles("fp16").manifest.files}
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_attention_is_fused_and_every_cache_updated_in_place(
     bundles: Bundles, precision: str
