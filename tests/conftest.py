@@ -13,6 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+import damage
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest, read_recipe
 from lpd_export.bundle.manifest import GRAPH_NAMES
@@ -31,6 +32,7 @@ MODEL_FIXTURES = {
     "emoji_bundle",
     "emoji_fp16_bundle",
     "emoji_int8_bundle",
+    "lifelike_bundle",
     "small_bundle",
 }
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
@@ -195,3 +197,40 @@ def small_bundle(small_weights: Path, made_once: MadeOnce) -> Path:
             )
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def lifelike_weights(made_once: MadeOnce) -> Path:
+    """A folder with the weights of `damage.lifelike_weights`, and what INT8 leaves out; leave it.
+
+    Of the encoder nothing: rounding decides whether half of its layers just meet their target.
+    """
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        damage.lifelike_weights(folder)
+        (folder / "keep_layers.json").write_text('{"tokenize": []}')
+
+    return made_once("lifelike-weights", write)
+
+
+LifelikeBundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def lifelike_bundle(lifelike_weights: Path, made_once: MadeOnce) -> LifelikeBundle:
+    """Gives the bundle of `lifelike_weights` in 5 steps, by precision and backend; leave it."""
+
+    def bundle(precision: str = "fp32", backend: str = "onnxruntime", **settings: object) -> Path:
+        name = "-".join(["lifelike", precision, backend, *map(str, settings)])
+        request = {
+            "checkpoint": str(lifelike_weights / "lpd.pth"),
+            "tokenizer": str(lifelike_weights / "vq.pt"),
+            "steps": 5,
+            "cfg": 2.0,
+            "precision": precision,
+            "backend": backend,
+        }
+        return made_once(name, lambda out: build(BuildRequest(**request | settings, out=str(out))))  # type: ignore[arg-type]
+
+    return bundle

@@ -19,8 +19,6 @@ from lpd_export.accuracy.report import grown_layers
 from lpd_export.accuracy.request import VerifyRequest
 from lpd_export.accuracy.results import GENERATION, SEQUENCE, Verification
 from lpd_export.accuracy.verify import verify
-from lpd_export.build.build import build
-from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.runtime import sampler
 from lpd_export.runtime.generator import Batch
@@ -33,38 +31,12 @@ CFG = 2.0
 TOKENIZER = {"detokenize", "tokenize"}
 IMAGES_OF_THE_SAME_TOKENS = (GENERATION, "pixels", "generation_psnr")
 
+LifelikeBundle = Callable[..., Path]
 First = tuple[str, str, str]
 """Phase, tensor and metric of the first failure."""
 
 
 # ----------------------------------------------------------------------------------- bundles
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return damage.lifelike_weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def bundles(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """An undamaged bundle of a precision, built when it is first asked for."""
-    folder = tmp_path_factory.mktemp("bundles")
-
-    def bundle(precision: str) -> Path:
-        out = folder / precision
-        if not out.exists():
-            request = BuildRequest(
-                checkpoint=str(weights / "lpd.pth"),
-                tokenizer=str(weights / "vq.pt"),
-                steps=5,
-                cfg=CFG,
-                precision=precision,
-                out=str(out),
-            )
-            build(request)
-        return out
-
-    return bundle
 
 
 def verified(bundle: Path, out: Path, **options: Any) -> Verification:
@@ -88,18 +60,18 @@ def failed_phases(verification: Verification) -> set[str]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_an_undamaged_bundle_passes(
-    bundles: Callable[[str], Path], tmp_path: Path, precision: str
+    lifelike_bundle: LifelikeBundle, tmp_path: Path, precision: str
 ) -> None:
     out = tmp_path / "report"
-    said = answer("verify", bundles(precision), "--images", 2, "--threads", 1, "--out", out)
+    said = answer("verify", lifelike_bundle(precision), "--images", 2, "--threads", 1, "--out", out)
     assert said.code == 0, said
     assert f"passed: every threshold of {precision} holds for 2 images" in said.out
     assert json.loads((out / "report.json").read_text())["passed"]
 
 
-def test_a_bundle_written_again_passes(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_bundle_written_again_passes(lifelike_bundle: LifelikeBundle, tmp_path: Path) -> None:
     """So it is the damage that is found, and not that files were written anew."""
-    again = damage.damaged(bundles("fp32"), tmp_path / "again", lambda models: None)
+    again = damage.damaged(lifelike_bundle("fp32"), tmp_path / "again", lambda models: None)
     found = verified(again, tmp_path / "report")
     assert found.passed, found.failures
     assert set(found.phases) == {*(f"phase_0{i}" for i in range(5)), *TOKENIZER} | {
@@ -160,10 +132,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_damage_of_the_decode_graph(
-    bundles: Callable[[str], Path], tmp_path: Path, name: str
+    lifelike_bundle: LifelikeBundle, tmp_path: Path, name: str
 ) -> None:
     case = CASES[name]
-    bundle = damage.damaged(bundles(case.precision), tmp_path / "bundle", case.damage)
+    bundle = damage.damaged(lifelike_bundle(case.precision), tmp_path / "bundle", case.damage)
     found = verified(bundle, tmp_path / "report", by_layer=bool(case.layers))
     assert first_failure(found) == (case.phase, case.tensor, case.metric)
     assert SEQUENCE in failed_phases(found)
@@ -178,9 +150,9 @@ def test_a_damage_of_the_decode_graph(
 
 
 def test_a_lost_position_fails_where_its_cell_is_asked_and_given(
-    bundles: Callable[[str], Path], tmp_path: Path
+    lifelike_bundle: LifelikeBundle, tmp_path: Path
 ) -> None:
-    bundle = Bundle.open(bundles("fp32"))
+    bundle = Bundle.open(lifelike_bundle("fp32"))
     schedule = bundle.schedule()
     chance = image_randomness(0, 0, schedule.cells, schedule.count)
     asked = bundle.manifest.phases[2]
@@ -193,9 +165,11 @@ def test_a_lost_position_fails_where_its_cell_is_asked_and_given(
     assert found.layers_phase == "phase_02"
 
 
-def test_rows_beyond_the_cache_fail(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_rows_beyond_the_cache_fail(lifelike_bundle: LifelikeBundle, tmp_path: Path) -> None:
     """The last phase cannot be run at all: that is told, and what failed before it comes first."""
-    bundle = damage.damaged(bundles("fp32"), tmp_path / "bundle", damage.write_index_off_by_one)
+    bundle = damage.damaged(
+        lifelike_bundle("fp32"), tmp_path / "bundle", damage.write_index_off_by_one
+    )
     found = verified(bundle, tmp_path / "report", save_phases=None, by_layer=True)
     assert first_failure(found) == ("phase_00", "rows_left_alone", "rows_left_alone")
     last = [entry for entry in found.failures if entry.phase == "phase_04"]
@@ -233,10 +207,10 @@ def breaks_at_run(graph: str) -> damage.Damage:
 
 
 def test_a_tokenizer_that_fails_draws_images_all_the_same(
-    bundles: Callable[[str], Path], tmp_path: Path
+    lifelike_bundle: LifelikeBundle, tmp_path: Path
 ) -> None:
     """It is no part of a generation; and what it fails at is told of either side."""
-    good = bundles("fp32")
+    good = lifelike_bundle("fp32")
     bad = damage.damaged(good, tmp_path / "bad", breaks_at_run("tokenize"))
     cause = f"cannot run {bad / 'onnx/tokenize.onnx'}: "
     for bundle, other in ((bad, good), (good, bad), (bad, bad)):
@@ -253,21 +227,21 @@ def test_a_tokenizer_that_fails_draws_images_all_the_same(
 
 
 def test_nothing_is_compared_with_a_bundle_that_draws_nothing(
-    bundles: Callable[[str], Path], tmp_path: Path
+    lifelike_bundle: LifelikeBundle, tmp_path: Path
 ) -> None:
     for name, what, cause in (
         ("failing", breaks_at_run("detokenize"), "onnx/detokenize.onnx: "),
         ("broken", damage.not_a_number, "the logits of step 1 are NaN or infinite"),
     ):
-        bad = damage.damaged(bundles("fp32"), tmp_path / name, what)
-        command = ["verify", bundles("fp32"), "--against", bad, "--images", 1]
+        bad = damage.damaged(lifelike_bundle("fp32"), tmp_path / name, what)
+        command = ["verify", lifelike_bundle("fp32"), "--against", bad, "--images", 1]
         said = mistake(*command, "--out", tmp_path / "report")
         assert said.startswith(f"there is nothing to compare with, {bad} draws no image: ")
         assert cause in said
         assert not (tmp_path / "report").exists()
 
 
-def test_too_little_memory_is_no_verdict(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_too_little_memory_is_no_verdict(lifelike_bundle: LifelikeBundle, tmp_path: Path) -> None:
     """More than any machine has is asked for: that says nothing of the model."""
 
     def needs_petabytes(models: damage.Models) -> None:
@@ -281,7 +255,7 @@ def test_too_little_memory_is_no_verdict(bundles: Callable[[str], Path], tmp_pat
 
         damage.replace_input(model, *first_use(model), repeat)
 
-    bundle = damage.damaged(bundles("fp32"), tmp_path / "bundle", needs_petabytes)
+    bundle = damage.damaged(lifelike_bundle("fp32"), tmp_path / "bundle", needs_petabytes)
     said = mistake("verify", bundle, "--images", 1, "--out", tmp_path / "report")
     assert said.startswith(f"there is too little memory to run {bundle / 'onnx/tokenize.onnx'} (")
     assert said.endswith("): end what else runs here, or use a smaller --batch")
@@ -289,14 +263,14 @@ def test_too_little_memory_is_no_verdict(bundles: Callable[[str], Path], tmp_pat
 
 
 def test_a_mistake_in_the_code_is_no_verdict(
-    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lifelike_bundle: LifelikeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def mistaken(*arguments: object) -> None:
         raise TypeError("a mistake in the code")
 
     monkeypatch.setattr("lpd_export.accuracy.bundle_side.guide", mistaken)
     with pytest.raises(TypeError, match="a mistake in the code"):
-        verified(bundles("fp32"), tmp_path / "report")
+        verified(lifelike_bundle("fp32"), tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
@@ -308,17 +282,17 @@ def test_a_mistake_in_the_code_is_no_verdict(
     ["not normalized", "off by one", "group norm", "bias", "attention"],
 )
 def test_a_damage_of_detokenize(
-    bundles: Callable[[str], Path], weights: Path, tmp_path: Path, name: str
+    lifelike_bundle: LifelikeBundle, lifelike_weights: Path, tmp_path: Path, name: str
 ) -> None:
     what = {
-        "not normalized": damage.codebook_not_normalized(weights),
+        "not normalized": damage.codebook_not_normalized(lifelike_weights),
         "off by one": damage.codebook_off_by_one("detokenize"),
         "group norm": damage.group_norm_epsilon,
         "bias": damage.bias_dropped,
         "attention": damage.unscaled_attention,
     }[name]
     found = verified(
-        damage.damaged(bundles("fp32"), tmp_path / "bundle", what), tmp_path / "report"
+        damage.damaged(lifelike_bundle("fp32"), tmp_path / "bundle", what), tmp_path / "report"
     )
     failures = [(entry.phase, entry.tensor, entry.metric) for entry in found.failures]
     first, *more = failures
@@ -333,9 +307,9 @@ def test_a_damage_of_detokenize(
     ids=["codebook off by one", "the least similar row"],
 )
 def test_a_damage_of_tokenize(
-    bundles: Callable[[str], Path], tmp_path: Path, what: damage.Damage
+    lifelike_bundle: LifelikeBundle, tmp_path: Path, what: damage.Damage
 ) -> None:
-    bundle = damage.damaged(bundles("fp32"), tmp_path / "bundle", what)
+    bundle = damage.damaged(lifelike_bundle("fp32"), tmp_path / "bundle", what)
     found = verified(bundle, tmp_path / "report")
     assert first_failure(found) == ("tokenize", "indices", "index_agreement")
     assert failed_phases(found) == {"tokenize"}
@@ -380,32 +354,32 @@ off_by_one = given_tokens(lambda given, orders: torch.where(given < 0, given, (g
 
 
 def test_a_wrong_mask_of_the_loop_alone(
-    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lifelike_bundle: LifelikeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lpd_export.runtime.generator.attention_mask", shifted_mask)
-    found = verified(bundles("fp32"), tmp_path / "report")
+    found = verified(lifelike_bundle("fp32"), tmp_path / "report")
     assert first_failure(found) == (SEQUENCE, "guided_logits", "sequence_kl")
     assert failed_phases(found) <= {SEQUENCE, GENERATION}
 
 
 def test_a_wrong_mask_wherever_it_is_used(
-    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lifelike_bundle: LifelikeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference makes its own mask, so that a mistake in the shared one is seen."""
     monkeypatch.setattr("lpd_export.runtime.generator.attention_mask", shifted_mask)
     monkeypatch.setattr("lpd_export.accuracy.phases.attention_mask", shifted_mask)
-    found = verified(bundles("fp32"), tmp_path / "report")
+    found = verified(lifelike_bundle("fp32"), tmp_path / "report")
     assert first_failure(found) == ("phase_00", "present_key_1", "cache_error")
 
 
 def test_guidance_applied_twice(
-    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lifelike_bundle: LifelikeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("runtime.generator", "runtime.teacher_forcing", "accuracy.bundle_side"):
         monkeypatch.setattr(f"lpd_export.{module}.guide", guide_twice)
-    found = verified(bundles("fp32"), tmp_path / "report")
+    found = verified(lifelike_bundle("fp32"), tmp_path / "report")
     # Linear guidance is 1 for the first cell, the only one of phase_00: twice is once.
-    assert Bundle.open(bundles("fp32")).manifest.phases[0].queries == 1
+    assert Bundle.open(lifelike_bundle("fp32")).manifest.phases[0].queries == 1
     assert first_failure(found) == ("phase_01", "guided_logits", "kl")
     phases = [entry for entry in found.failures if entry.phase.startswith("phase_")]
     assert {entry.tensor for entry in phases} == {"guided_logits"}
@@ -428,7 +402,7 @@ def test_guidance_applied_twice(
     ],
 )
 def test_a_fault_of_the_loop_is_no_rounding(
-    bundles: Callable[[str], Path],
+    lifelike_bundle: LifelikeBundle,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     precision: str,
@@ -437,7 +411,7 @@ def test_a_fault_of_the_loop_is_no_rounding(
 ) -> None:
     """Every graph is right, and images differ: lower precisions excuse that, but not this."""
     monkeypatch.setattr(f"lpd_export.{place}", fault)
-    found = verified(bundles(precision), tmp_path / "report", images=2)
+    found = verified(lifelike_bundle(precision), tmp_path / "report", images=2)
     assert failed_phases(found) == {GENERATION}
     (unexplained,) = (entry for entry in found.failures if entry.metric == "unexplained_draws")
     assert unexplained.value >= 1
@@ -447,9 +421,9 @@ def test_a_fault_of_the_loop_is_no_rounding(
 
 
 def test_the_command_line_names_the_place_first(
-    bundles: Callable[[str], Path], tmp_path: Path
+    lifelike_bundle: LifelikeBundle, tmp_path: Path
 ) -> None:
-    bundle = damage.damaged(bundles("fp32"), tmp_path / "bundle", damage.scaled_weight)
+    bundle = damage.damaged(lifelike_bundle("fp32"), tmp_path / "bundle", damage.scaled_weight)
     said = answer("verify", bundle, "--images", 1, "--threads", 1, "--by-layer")
     assert said.code == 1
     verdict, *more = said.out[said.out.index("FAILED") :].splitlines()
@@ -466,9 +440,9 @@ def test_the_command_line_names_the_place_first(
 
 
 def test_what_is_not_a_number_is_a_failure_and_no_mistake(
-    bundles: Callable[[str], Path], tmp_path: Path
+    lifelike_bundle: LifelikeBundle, tmp_path: Path
 ) -> None:
-    bundle = damage.damaged(bundles("fp32"), tmp_path / "bundle", damage.not_a_number)
+    bundle = damage.damaged(lifelike_bundle("fp32"), tmp_path / "bundle", damage.not_a_number)
     said = answer("verify", bundle, "--images", 1, "--threads", 1, "--by-layer")
     assert said.code == 1
     assert "Traceback" not in said.err

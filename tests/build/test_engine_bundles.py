@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,9 @@ from commandline import answer, end, entries, mistake, sentence, start, wait_for
 from lpd_export.build.build import build
 from lpd_export.build.compiler import EngineOptions
 from lpd_export.build.engine import EngineReport, compile_graph
-from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.errors import UserError
-from lpd_reference import LPD
-from lpd_reference.lpd import LPDConfig
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("polygraphy")
@@ -45,73 +42,33 @@ pytestmark = [
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-EMOJI_RECIPE = Path(__file__).parents[1] / "data" / "lpd-emoji32" / "recipe.toml"
 RTX = EngineOptions("tensorrt-rtx")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 Bundles = Callable[[str], Bundle]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """FP32 graphs are exported once a checkpoint, which is most of the time of a small build."""
-    write, kept = lpd_export.build.build.write_exact_graphs, tmp_path_factory.mktemp("exact")
-
-    def write_once(folder: Path, source: Any, report: Any) -> None:
-        known = kept / source.checkpoint.stem
-        if not known.exists():
-            write(known, source, report)
-        shutil.copytree(known, folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lpd_export.build.build, "write_exact_graphs", write_once)
-        yield
+@pytest.fixture
+def weights(lifelike_weights: Path) -> list[object]:
+    """Options of a model of two heads, as TensorRT-RTX has no fused attention for a single one."""
+    checkpoint, tokenizer = lifelike_weights / "lpd.pth", lifelike_weights / "vq.pt"
+    return ["--checkpoint", checkpoint, "--tokenizer", tokenizer, "--steps", 4]
 
 
-@pytest.fixture(scope="module")
-def weights(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options of a model like `small_weights`, but with two heads of 64.
-
-    TensorRT-RTX has no fused attention for a single head, which no published model has.
-    """
-    model = LPD(LPDConfig(dim=128, depth=2, heads=2, grid=4, num_classes=5, vocab_size=64))
-    checkpoint = tmp_path_factory.mktemp("weights") / "two_heads.pth"
-    torch.save({"model": model.initialize(0).state_dict()}, checkpoint)
-    return ["--checkpoint", checkpoint, "--tokenizer", small_weights / "vq.pt", "--steps", 4]
+@pytest.fixture
+def int8_settings(lifelike_weights: Path) -> dict[str, str]:
+    return {"precision": "int8", "keep_layers": str(lifelike_weights / "keep_layers.json")}
 
 
-def build_demo(out: Path, **settings: object) -> Bundle:
-    """INT8 needs a trained model: what rounding does to a random one, decides its last digits.
+@pytest.fixture
+def bundles(lifelike_bundle: Callable[..., Path], int8_settings: dict[str, str]) -> Bundles:
+    """Gives the bundle of engines in a precision, built once; shared, so leave it as it is."""
 
-    In 8 steps rather than 20, to have fewer static phases. Of the encoder nothing is spared:
-    rounding decides whether half of its layers just meet its measurement, or none do.
-    """
-    kept = out.parent.with_name(f"{out.parent.name}-keep_layers.json")
-    kept.write_text('{"tokenize": []}')
-    settings = {
-        "steps": 8,
-        "precision": "int8",
-        "keep_layers": str(kept),
-        "out": str(out),
-        **settings,
-    }
-    return Bundle.open(build(BuildRequest(**read_recipe(EMOJI_RECIPE) | settings)))
+    def bundle(precision: str) -> Bundle:
+        settings = int8_settings if precision == "int8" else {"precision": precision}
+        return Bundle.open(lifelike_bundle(backend="tensorrt-rtx", **settings))
 
-
-@pytest.fixture(scope="module")
-def bundles(weights: list[object], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    """Builds the bundle of engines in a precision, once; shared, so leave it as it is."""
-
-    @functools.cache
-    def made(precision: str) -> Bundle:
-        out = tmp_path_factory.mktemp(precision) / precision
-        if precision == "int8":
-            return build_demo(out, backend="tensorrt-rtx")
-        said = answer("build", *weights, *rtx("--precision", precision), "--out", out)
-        assert said.code == 0, said
-        return Bundle.open(out)
-
-    return made
+    return bundle
 
 
 def rtx(*options: object) -> list[object]:
@@ -151,7 +108,6 @@ def test_a_bundle_holds_an_engine_and_its_log_for_each_graph(
         assert report["backend_version"] == tensorrt_rtx.__version__
         assert report["profiles"] == len(report["optimization_profiles"])
     assert list(manifest.engines) == list(GRAPH_NAMES)
-    assert [path.name for path in bundle.path.parent.iterdir()] == [precision]
 
 
 def test_a_dry_run_names_the_files_of_engines(
@@ -260,9 +216,11 @@ def test_polygraphy_converts_a_phase_file_as_it_is(
 # ----------------------------------------------------------------------------------------- types
 
 
-@pytest.fixture(scope="module")
-def int8_for_onnxruntime(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build_demo(tmp_path_factory.mktemp("cpu") / "int8", backend="onnxruntime")
+@pytest.fixture
+def int8_for_onnxruntime(
+    lifelike_bundle: Callable[..., Path], int8_settings: dict[str, str]
+) -> Bundle:
+    return Bundle.open(lifelike_bundle(**int8_settings))
 
 
 def quantized_types(bundle: Bundle, graph: str) -> dict[str, set[int]]:
@@ -279,9 +237,12 @@ def quantized_types(bundle: Bundle, graph: str) -> dict[str, set[int]]:
     return levels
 
 
-def test_int8_is_measured_in_its_own_batches(tmp_path: Path) -> None:
+def test_int8_is_measured_in_its_own_batches(
+    lifelike_bundle: Callable[..., Path], int8_settings: dict[str, str]
+) -> None:
     """Engines for one image at a time are calibrated on many, which are no batch of theirs."""
-    bundle = build_demo(tmp_path / "one", backend="tensorrt-rtx", max_batch=1)
+    settings = int8_settings | {"backend": "tensorrt-rtx", "max_batch": 1}
+    bundle = Bundle.open(lifelike_bundle(**settings))
     assert bundle.manifest.max_batch == 1
     assert bundle.manifest.calibration["quantization"]["decode"]["layers"]
 
@@ -364,14 +325,14 @@ def test_inspect_describes_the_engines(bundles: Bundles) -> None:
         f"{depth} of {depth} attentions fused"
     )
     assert "token_ids [rows, context_tokens], positions [rows, tokens]" in lines[at + 2]
-    assert "attention_mask [tokens, 257], write_index [rows], logits [rows, " in lines[at + 2]
+    assert "attention_mask [tokens, 17], write_index [rows], logits [rows, " in lines[at + 2]
     for number, profile in enumerate(manifest.engines["decode"]["optimization_profiles"]):
         (least, best, most), line = profile["tokens"], lines[at + 3 + number]
         rows = "3 to 16 (best 16)" if number % 2 else "1 to 2 (best 2)"
         assert line.startswith(f"profile {number}: rows {rows}, context_tokens ")
         assert line.endswith(f"tokens {least} to {most} (best {best})")
     detokenize = next(line for line in lines if line.startswith("engine     detokenize: "))
-    assert lines[lines.index(detokenize) + 1] == ("indices [batch, 256], image [batch, 3, 32, 32]")
+    assert lines[lines.index(detokenize) + 1] == "indices [batch, 16], image [batch, 3, 16, 16]"
     for graph in GRAPH_NAMES:
         mb = manifest.files[f"engines/{graph}.engine"].size / 1e6
         assert f"{mb:.2f} MB  engines/{graph}.engine" in lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import damage
 import golden
-import lpd_export.build.build
 from commandline import answer, entries
 from lpd_export.accuracy.bundle_side import round_to_bf16 as rounded
 from lpd_export.accuracy.comparison import relative_error
@@ -43,65 +41,37 @@ OPTIMIZATIONS = {
 COARSE = {"sequence_top_1": 0.9, "index_agreement": 0.8}
 """Limits of untrained weights: a cell may be a near tie, and there are 32 of them in all."""
 Arrays = dict[str, NDArray[Any]]
+LifelikeBundle = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def weights(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model with two heads of 64: TensorRT-RTX has no fused attention for a single one."""
-    folder = damage.lifelike_weights(tmp_path_factory.mktemp("weights"))
-    shutil.copy(small_weights / "vq.pt", folder)
-    return folder
+@pytest.fixture
+def weights(lifelike_weights: Path) -> Path:
+    return lifelike_weights
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exported_once(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """FP32 graphs are exported once, the tokenizer's by `small_bundle`."""
-    kept = tmp_path_factory.mktemp("exact") / "onnx"
-
-    def write_once(folder: Path, source: Any, report: Any) -> None:
-        if not kept.exists():
-            kept.mkdir()
-            models = {name: ir.load(small_bundle / f"onnx/{name}.onnx") for name in GRAPH_NAMES}
-            export.write_models(models | {"decode": export.export_decode(source.model)}, kept)
-        shutil.copytree(kept, folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lpd_export.build.build, "write_exact_graphs", write_once)
-        yield kept
+@pytest.fixture
+def fp16(lifelike_bundle: LifelikeBundle) -> Bundle:
+    return Bundle.open(lifelike_bundle("fp16"))
 
 
-def build(weights: Path, out: Path, *options: object) -> Bundle:
-    files = ["--checkpoint", weights / "lpd.pth", "--tokenizer", weights / "vq.pt", "--steps", 4]
-    said = answer("build", *files, *options, "--out", out)
-    assert said.code == 0, said
-    return Bundle.open(out)
-
-
-@pytest.fixture(scope="module")
-def fp16(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("fp16") / "fp16"
-    return build(weights, out, "--precision", "fp16")
-
-
-@pytest.fixture(scope="module")
-def bf16(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+@pytest.fixture(scope="session")
+def bf16(lifelike_bundle: LifelikeBundle) -> Bundle:
     """Really compiled; no GPU is needed for that."""
     pytest.importorskip("tensorrt_rtx")
-    out = tmp_path_factory.mktemp("bf16") / "bf16"
-    return build(weights, out, "--precision", "bf16", "--backend", "tensorrt-rtx")
+    return Bundle.open(lifelike_bundle("bf16", "tensorrt-rtx"))
 
 
-@pytest.fixture(scope="module")
-def int8(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+@pytest.fixture
+def int8(lifelike_bundle: LifelikeBundle, lifelike_weights: Path) -> Bundle:
     pytest.importorskip("tensorrt_rtx")
-    out = tmp_path_factory.mktemp("int8") / "int8"
-    return build(weights, out, "--precision", "int8", "--backend", "tensorrt-rtx")
+    kept = str(lifelike_weights / "keep_layers.json")
+    return Bundle.open(lifelike_bundle("int8", "tensorrt-rtx", keep_layers=kept))
 
 
-@pytest.fixture(scope="module")
-def exact(fp16: Bundle, exported_once: Path) -> Path:
+@pytest.fixture
+def exact(lifelike_bundle: LifelikeBundle) -> Path:
     """The folder of the FP32 graphs that the bundles were made from."""
-    return exported_once
+    return lifelike_bundle() / "onnx"
 
 
 def session(file: Path, optimizations: str = "all") -> onnxruntime.InferenceSession:
