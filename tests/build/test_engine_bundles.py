@@ -56,16 +56,20 @@ def weights(lifelike_weights: Path) -> list[object]:
 
 
 @pytest.fixture
-def int8_settings(lifelike_weights: Path) -> dict[str, str]:
-    return {"precision": "int8", "keep_layers": str(lifelike_weights / "keep_layers.json")}
+def int8_settings(lifelike_weights: Path) -> dict[str, object]:
+    """With so many cells that phases of few and of many tokens need profiles of their own."""
+    kept = lifelike_weights / "keep_layers.json"
+    return {"precision": "int8", "keep_layers": str(kept), "res": 32}
 
 
 @pytest.fixture
-def bundles(lifelike_bundle: Callable[..., Path], int8_settings: dict[str, str]) -> Bundles:
+def bundles(lifelike_bundle: Callable[..., Path], int8_settings: dict[str, object]) -> Bundles:
     """Gives the bundle of engines in a precision, built once; shared, so leave it as it is."""
 
     def bundle(precision: str) -> Bundle:
-        settings = int8_settings if precision == "int8" else {"precision": precision}
+        settings: dict[str, object] = (
+            int8_settings if precision == "int8" else {"precision": precision}
+        )
         return Bundle.open(lifelike_bundle(backend="tensorrt-rtx", **settings))
 
     return bundle
@@ -218,7 +222,7 @@ def test_polygraphy_converts_a_phase_file_as_it_is(
 
 @pytest.fixture
 def int8_for_onnxruntime(
-    lifelike_bundle: Callable[..., Path], int8_settings: dict[str, str]
+    lifelike_bundle: Callable[..., Path], int8_settings: dict[str, object]
 ) -> Bundle:
     return Bundle.open(lifelike_bundle(**int8_settings))
 
@@ -238,7 +242,7 @@ def quantized_types(bundle: Bundle, graph: str) -> dict[str, set[int]]:
 
 
 def test_int8_is_measured_in_its_own_batches(
-    lifelike_bundle: Callable[..., Path], int8_settings: dict[str, str]
+    lifelike_bundle: Callable[..., Path], int8_settings: dict[str, object]
 ) -> None:
     """Engines for one image at a time are calibrated on many, which are no batch of theirs."""
     settings = int8_settings | {"backend": "tensorrt-rtx", "max_batch": 1}
@@ -325,14 +329,14 @@ def test_inspect_describes_the_engines(bundles: Bundles) -> None:
         f"{depth} of {depth} attentions fused"
     )
     assert "token_ids [rows, context_tokens], positions [rows, tokens]" in lines[at + 2]
-    assert "attention_mask [tokens, 17], write_index [rows], logits [rows, " in lines[at + 2]
+    assert "attention_mask [tokens, 65], write_index [rows], logits [rows, " in lines[at + 2]
     for number, profile in enumerate(manifest.engines["decode"]["optimization_profiles"]):
         (least, best, most), line = profile["tokens"], lines[at + 3 + number]
         rows = "3 to 16 (best 16)" if number % 2 else "1 to 2 (best 2)"
         assert line.startswith(f"profile {number}: rows {rows}, context_tokens ")
         assert line.endswith(f"tokens {least} to {most} (best {best})")
     detokenize = next(line for line in lines if line.startswith("engine     detokenize: "))
-    assert lines[lines.index(detokenize) + 1] == "indices [batch, 16], image [batch, 3, 16, 16]"
+    assert lines[lines.index(detokenize) + 1] == "indices [batch, 64], image [batch, 3, 32, 32]"
     for graph in GRAPH_NAMES:
         mb = manifest.files[f"engines/{graph}.engine"].size / 1e6
         assert f"{mb:.2f} MB  engines/{graph}.engine" in lines
@@ -352,13 +356,13 @@ def test_a_larger_batch_needs_more_memory(bundles: Bundles) -> None:
     bundle = bundles("int8")
     sizes = bundle.manifest.files
     engines = round(sum(sizes[f"engines/{graph}.engine"].size for graph in GRAPH_NAMES) / 1e6)
-    (one, weights), (four, same) = (needed_megabytes(bundle, batch) for batch in (1, 4))
+    (one, weights), (eight, same) = (needed_megabytes(bundle, batch) for batch in (1, 8))
     assert weights == same == engines
     model = bundle.manifest.model
     # The two rows of an image have a key and a value in each block, in FP16.
     caches = 2 * 2 * 2 * model.depth * (model.grid**2 + 1) * model.dim
-    assert engines < one < four
-    assert four - one >= round(3 * caches / 1e6)
+    assert engines <= one < eight
+    assert eight - one >= round(7 * caches / 1e6)
 
 
 @NO_GPU
