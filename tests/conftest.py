@@ -201,15 +201,17 @@ def small_bundle(small_weights: Path, made_once: MadeOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def lifelike_weights(made_once: MadeOnce) -> Path:
-    """A folder with `damage.lifelike_weights` and keep_layers.json for INT8; leave it as it is.
+    """A folder with `damage.lifelike_weights`, and files of the layers that INT8 leaves out.
 
-    Chosen here, as rounding decides what would just meet its target.
+    Rounding would decide what just meets its target. Leave it as it is.
     """
 
     def write(folder: Path) -> None:
         folder.mkdir()
         damage.lifelike_weights(folder)
-        (folder / "keep_layers.json").write_text('{"decode": ["head/MatMul"], "tokenize": []}')
+        for name, kept in (("kept", {}), ("kept_but_tokenize", {"tokenize": []})):
+            layers = {"decode": ["head/MatMul"]} | kept
+            (folder / f"{name}.json").write_text(json.dumps(layers))
 
     return made_once("lifelike-weights", write)
 
@@ -230,6 +232,7 @@ def lifelike_bundle(lifelike_weights: Path, made_once: MadeOnce) -> LifelikeBund
             "cfg": 2.0,
             "precision": precision,
             "backend": backend,
+            "keep_layers": str(lifelike_weights / "kept.json") if precision == "int8" else None,
         }
         return made_once(name, lambda out: build(BuildRequest(**request | settings, out=str(out))))  # type: ignore[arg-type]
 

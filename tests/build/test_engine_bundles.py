@@ -58,7 +58,7 @@ def weights(lifelike_weights: Path) -> list[object]:
 @pytest.fixture
 def int8_settings(lifelike_weights: Path) -> dict[str, object]:
     """With so many cells that phases of few and of many tokens need profiles of their own."""
-    kept = lifelike_weights / "keep_layers.json"
+    kept = lifelike_weights / "kept_but_tokenize.json"
     return {"precision": "int8", "keep_layers": str(kept), "res": 32}
 
 

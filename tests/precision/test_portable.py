@@ -62,10 +62,9 @@ def bf16(lifelike_bundle: LifelikeBundle) -> Bundle:
 
 
 @pytest.fixture
-def int8(lifelike_bundle: LifelikeBundle, lifelike_weights: Path) -> Bundle:
+def int8(lifelike_bundle: LifelikeBundle) -> Bundle:
     pytest.importorskip("tensorrt_rtx")
-    kept = str(lifelike_weights / "keep_layers.json")
-    return Bundle.open(lifelike_bundle("int8", "tensorrt-rtx", keep_layers=kept))
+    return Bundle.open(lifelike_bundle("int8", "tensorrt-rtx"))
 
 
 @pytest.fixture
