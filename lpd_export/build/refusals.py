@@ -22,6 +22,7 @@ from lpd_export.formats import (
 )
 from lpd_export.machine.doctor import can_build
 from lpd_export.machine.facts import look
+from lpd_export.schedule.schedule_file import Schedule
 
 DEFAULT_MODEL = "lpd-l"
 DEFAULT_RESOLUTION = 256
@@ -55,6 +56,11 @@ def check_request(request: BuildRequest) -> None:
             "--keep-layers says which layers are not quantized: it needs --precision "
             f"{' or '.join(QUANTIZED)}, not {request.precision}"
         )
+    if request.schedule:
+        for name in ("orders", "repulsion"):
+            if getattr(request, name) is not None:
+                raise UserError(f"--{name} is for making a schedule, and --schedule gives one")
+        Schedule.load(request.schedule, steps=request.steps)  # whether it can be
     check_source(request)
     if request.out:
         check_destination(Path(request.out), request.force)

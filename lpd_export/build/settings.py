@@ -177,9 +177,6 @@ def settle(request: BuildRequest, source: Source) -> Settings:
 def make_schedule(request: BuildRequest, grid: int, known: PublishedSettings | None) -> Schedule:
     """The schedule of the request's file, or a locality-aware one."""
     if request.schedule:
-        for option, value in (("--orders", request.orders), ("--repulsion", request.repulsion)):
-            if value is not None:
-                raise UserError(f"{option} is for making a schedule, and --schedule gives one")
         schedule = Schedule.load(request.schedule, steps=request.steps)
         schedule.check_grid(grid)
         return schedule

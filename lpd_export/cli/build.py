@@ -103,7 +103,7 @@ def build(
       lpd-export build --checkpoint lpd_l_256.pth --tokenizer vq_ds16_c2i.pt
       lpd-export build --model lpd-l --res 512 --random-weights --out engines/test
       lpd-export build --res 256 --precision fp16 --backend tensorrt-rtx
-      lpd-export build lpd-xl-512 --dry-run
+      lpd-export build lpd-l-256 --backend tensorrt-rtx --dry-run
       lpd-export build engines/demo.toml --force
     """
     settings = named_recipe(recipe) if recipe else {}

@@ -348,6 +348,7 @@ def test_slips_are_told_before_torch_is_loaded(small_bundle: Path) -> None:
         "--res 256 --workspace 64",
         "--res 256 --precision int4",
         "--checkpoint gone.pth",
+        "--res 256 --schedule gone.npz",
         f"--random-weights --out {small_bundle}",
     ]
     if why_not := can_build("fp16", "tensorrt"):
