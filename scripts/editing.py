@@ -101,12 +101,12 @@ class Row:
     nats: float = 0.0
 
 
-def rows(short: bool) -> list[Row]:
+def rows(steps: int, fewer: int, short: bool) -> list[Row]:
     """What is measured: each order, number of steps and class beside the first, which is usual."""
-    usual = [("locality", 20, "own")]
-    others = [("random", 20, "own"), ("locality", 8, "own")]
-    others += [("locality", 20, "none"), ("locality", 20, "another")]
-    more = [] if short else [("random", 8, "own")]
+    usual = [("locality", steps, "own")]
+    others = [("random", steps, "own"), ("locality", fewer, "own")]
+    others += [("locality", steps, "none"), ("locality", steps, "another")]
+    more = [] if short else [("random", fewer, "own")]
     return [Row(mask, *settings) for mask in MASKS for settings in usual + others + more]
 
 
@@ -242,38 +242,33 @@ def draw_picture(pipeline: Pipeline, seed: int, temperature: float) -> Image.Ima
         pictures = [edit.original, edit.masked, *(image.pixels for image in results)]
         return pictures, ["original", "mask", *(image.class_name for image in results)]
 
-    half, eighth = side // 2, side // 8
-    names = {
-        name
-        for names in pipeline.manifest.class_names
-        for name in ([names] if isinstance(names, str) else names)
-    }
-    face, heart, cat, other = (
-        next(name for name in wanted if name in names)
-        for wanted in (
-            ("smiling-face", "smiling face", "monkey-face"),
-            ("heart",),
-            ("animal-face", "cat face", "cat", "monkey-face"),
-            ("fruit-and-vegetable", "dog face", "dog", "heart"),
-        )
-    )
+    half, part = side // 2, side // 4 if pipeline.dimensions.cells < 64 else side // 8
+    names = pipeline.manifest.class_names
+    known = {name for own in names for name in ([own] if isinstance(own, str) else own)}
+
+    def one_of(*wanted: str) -> str:
+        return next((name for name in wanted if name in known), max(known))
+
+    face = one_of("smiling-face", "smiling face")
+    heart, cat = one_of("heart"), one_of("animal-face", "cat face", "cat")
+    others = [one_of("sad-face", "sad face", "dog face"), one_of("smiling-face", "monkey face")]
     parts = []
     for heading, (pictures, labels) in (
         (
             "Half of a face completed four ways",
             row(first(face), [face] * 4, box=(half, 0, side, side)),
         ),
-        ("A heart, and what is around it", row(first(heart), [heart] * 4, outpaint=eighth)),
+        ("A heart, and what is around it", row(first(heart), [heart] * 4, outpaint=part)),
         (
             "The middle made anew, as another class",
             row(
                 first(cat),
-                [cat, cat, other, other],
-                box=(eighth, eighth, side - eighth, side - eighth),
+                [cat, cat, *others],
+                box=(part, part, side - part, side - part),
             ),
         ),
     ):
-        parts.append((heading, contact_sheet(pictures, labels, len(pictures), 160)))
+        parts.append((heading, contact_sheet(pictures, labels, len(pictures), 192)))
     return stack(parts)
 
 
@@ -294,6 +289,7 @@ def draw_picture(pipeline: Pipeline, seed: int, temperature: float) -> Image.Ima
     show_default=True,
 )
 @click.option("--short", is_flag=True, help=f"{SHORT} images a row, and the rows that tell most.")
+@click.option("--steps", type=(int, int), default=(20, 8), show_default=True)
 @click.option("--samples", type=click.IntRange(min=4), help="Images a row.  [default: all]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
@@ -310,6 +306,7 @@ def main(
     images: Path,
     classifier: Path,
     short: bool,
+    steps: tuple[int, int],
     samples: int | None,
     seed: int,
     batch: int,
@@ -347,7 +344,7 @@ def main(
             float((seen == held_out.labels).double().mean()),
         )
         measured, sheet = [], []
-        for asked in track(rows(short), "measuring"):
+        for asked in track(rows(*steps, short), "measuring"):
             row, edited = measure(asked, setting)
             measured.append(row)
             sheet += [

@@ -1,4 +1,4 @@
-"""Draws the README's picture: an image a class, how one image fills in, and quality over steps.
+"""Draws the README's picture: an image a class, how one fills in, edits, and quality over steps.
 
     make demo
     python scripts/claims.py
@@ -51,6 +51,26 @@ def sheet_of_steps(
     done = np.cumsum(image.schedule.group_sizes)
     captions = [f"{step}: {cells} of {done[-1]}" for step, cells in enumerate(done, start=1)]
     return contact_sheet(list(pipeline.trace(image)), captions, STEP_COLUMNS, CELL)
+
+
+def sheet_of_edits(
+    pipeline: Pipeline, class_name: str, seed: int, temperature: float
+) -> Image.Image:
+    """One image whose right half is made anew again and again."""
+    image = pipeline.generate([class_name], seed=seed, temperature=temperature)[0]
+    side = pipeline.manifest.resolution
+    half = (side // 2, 0, side, side)
+    masked = pipeline.prepare_edit(image, box=half).masked
+    edits = pipeline.edit(
+        image,
+        classes=[class_name] * (STEP_COLUMNS - 2),
+        box=half,
+        seed=seed + 1,
+        batch=4,
+        temperature=temperature,
+    )
+    pictures = [image.pixels, masked, *(edit.pixels for edit in edits)]
+    return contact_sheet(pictures, ["original", "kept", *[""] * len(edits)], STEP_COLUMNS, CELL)
 
 
 def curves(claims: Claims) -> Image.Image:
@@ -112,6 +132,10 @@ def main(
                 (
                     f"One image in {steps} steps",
                     sheet_of_steps(pipeline, steps_of, seed, temperature),
+                ),
+                (
+                    "Half of it made anew",
+                    sheet_of_edits(pipeline, steps_of, seed, temperature),
                 ),
                 ("How many steps it takes", curves(measured)),
             ]
