@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 
 import claims
 import claims_results
+import naming_sheet
+import sweep_guidance
 from lpd_export import Pipeline
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
@@ -485,3 +487,63 @@ def test_other_files_are_no_claims(tmp_path: Path) -> None:
         (tmp_path / "claims.json").write_text(content)
         with pytest.raises(UserError, match="run it first"):
             claims_results.Claims.read(tmp_path / "claims.json")
+
+
+# ------------------------------------------------------------------------- guidance, and naming
+
+
+def test_sweep_measures_each_setting_as_the_claims_do(
+    parts: Path, measured: Path, tmp_path: Path
+) -> None:
+    common = [
+        word for name in ("bundle", "models", "images") for word in (f"--{name}", str(parts / name))
+    ]
+    options = [*common, "--cfg=1,30", "--temperature=0.5,1", "--guidance=linear", "--samples=48"]
+    said = CliRunner().invoke(sweep_guidance.main, [*options, f"--out={tmp_path}"])
+    assert said.exit_code == 0, said.output
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [(row["cfg"], row["temperature"]) for row in rows] == [
+        (1, 0.5),
+        (1, 1),
+        (30, 0.5),
+        (30, 1),
+    ]
+    assert len({row["distance"] for row in rows}) == 4
+    of_the_bundle = Pipeline.open(parts / "bundle").generate(
+        claims.labels_of(load_image_set(parts / "images", "train"), 0, 48),
+        seed=0,
+        cfg=30.0,
+        guidance="linear",
+    )
+    judge = load(parts / "models" / "classifier.safetensors")
+    training = load_image_set(parts / "images", "train")
+    drawn = to_signed(torch.from_numpy(np.stack([image.pixels for image in of_the_bundle])))
+    with torch.inference_mode():
+        real, features = judge.features(to_signed(training.pixels)), judge.features(drawn)
+    assert rows[3]["distance"] == pytest.approx(frechet_distance(real, features), rel=1e-3)
+    before = kept(tmp_path)
+    assert CliRunner().invoke(sweep_guidance.main, [*options, f"--out={tmp_path}"]).exit_code == 0
+    assert kept(tmp_path) == before
+    wrong = CliRunner().invoke(sweep_guidance.main, [*common, "--cfg=much", f"--out={tmp_path}"])
+    assert wrong.exit_code == 2
+    assert wrong.stderr == ("sweep_guidance: error: --cfg 'much' must be numbers such as 1,2.5,4\n")
+
+
+def test_naming_sheet_shows_each_class_once_and_judges(parts: Path, tmp_path: Path) -> None:
+    options = ["--bundle", str(parts / "bundle"), "--seed=3"]
+    said = CliRunner().invoke(naming_sheet.main, [*options, f"--out={tmp_path}"])
+    assert said.exit_code == 0, said.output
+    answers = tmp_path / "answers.csv"
+    lines = answers.read_text().splitlines()
+    assert lines == [*(f"# {name}" for name in NAMES), "1,", "2,", "3,", "4,", "5,"]
+    order = naming_sheet.shuffled(NAMES, 3)
+    assert sorted(order) == sorted(NAMES)
+    assert order != list(NAMES)
+    assert Image.open(tmp_path / "sheet.png").width > 300
+    answers.write_text("\n".join(f"{n},{name}" for n, name in enumerate(order[:4], 1)) + "\n5,\n")
+    judged = CliRunner().invoke(naming_sheet.main, [*options, "--judge", str(answers)])
+    assert judged.output == f"5: nothing, not {order[4]}\n4 of 5 right, 80%\n"
+    answers.write_text("one,two,three\n")
+    judged = CliRunner().invoke(naming_sheet.main, [*options, "--judge", str(answers)])
+    assert judged.exit_code == 2
+    assert judged.stderr.startswith(f"naming_sheet: error: cannot read {answers}: ")
