@@ -49,7 +49,8 @@ WORDS = {
     "verify": "BUNDLE --against --checkpoint --tokenizer --images --seed --threshold --by-layer "
     "--bisect --save-phases --onnx --device --threads --out "
     "--quiet --verbose --json",
-    "bench": "BUNDLE --batch --roofline --threads --quiet --verbose --json",
+    "bench": "BUNDLE --batch --against --checkpoint --tokenizer --runs --roofline --device "
+    "--threads --details --out --quiet --verbose --json",
     "schedule make": "--res --steps --kind --repulsion --proximity --count --seed --stride --out "
     "--force --json",
     "schedule check": "FILE --steps --json",

@@ -62,7 +62,7 @@ class Roofline:
         }
 
 
-def roofline(bundle: Bundle, device: Device, batches: Sequence[int]) -> Roofline:
+def count(bundle: Bundle, device: Device, batches: Sequence[int]) -> Roofline:
     """Counts a bundle's work and divides it by a device's rates.
 
     Raises:

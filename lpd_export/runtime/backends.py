@@ -5,6 +5,8 @@ Knows the files of a bundle; a backend is imported when a bundle needs it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle
@@ -17,8 +19,12 @@ from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 WEIGHTS = "onnx/weights.data"
 
 
-def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Executor:
+def open_executor(
+    bundle: Bundle, device: str | None, threads: int | None, profiles: Path | None = None
+) -> Executor:
     """The executor of a bundle's backend over its files, verified.
+
+    profiles: a folder for what ONNX Runtime's profiler finds, where that runs the graphs.
 
     Raises:
         UserError: if a file is damaged, or this machine has not what the backend needs.
@@ -29,7 +35,7 @@ def open_executor(bundle: Bundle, device: str | None, threads: int | None) -> Ex
     if not BACKENDS[manifest.backend].compiles:
         bundle.file(WEIGHTS)
         files = {graph: bundle.file(name) for graph, name in graphs.items()}
-        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads)
+        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads, profiles)
     if device == "cpu" or threads is not None:
         raise UserError(
             f"{bundle.path} holds {manifest.backend} engines, which run on a GPU: leave out the "

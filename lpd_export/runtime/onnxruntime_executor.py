@@ -55,6 +55,7 @@ class OnnxRuntimeExecutor:
         device: "cpu" or "cuda".
         threads: for the operators on a CPU; by default ONNX Runtime's choice, the physical cores,
             or the cores that this process is confined to.
+        profiles: a folder for what ONNX Runtime's profiler finds (see `take_profiles`).
 
     Raises:
         UserError: if ONNX Runtime has no provider for the device here.
@@ -68,7 +69,9 @@ class OnnxRuntimeExecutor:
         float_type: torch.dtype = torch.float32,
         device: str = "cpu",
         threads: int | None = None,
+        profiles: Path | None = None,
     ) -> None:
+        self._profiles = profiles
         self.float_type = float_type
         self.device = torch.device(device)
         self._files = dict(files)
@@ -124,6 +127,9 @@ class OnnxRuntimeExecutor:
             UserError: if this version of ONNX Runtime cannot run the file.
         """
         if graph not in self._sessions:
+            if self._profiles is not None:
+                self._options.enable_profiling = True
+                self._options.profile_file_prefix = str(self._profiles / graph)
             try:
                 self._sessions[graph] = onnxruntime.InferenceSession(
                     self._files[graph], self._options, providers=[self._provider]
@@ -135,6 +141,10 @@ class OnnxRuntimeExecutor:
                     f"{reason}"
                 ) from error
         return self._sessions[graph]
+
+    def take_profiles(self) -> dict[str, Path]:
+        """Ends profiling: by graph, the file that ONNX Runtime's profiler wrote."""
+        return {graph: Path(run.end_profiling()) for graph, run in self._sessions.items()}
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         session = self.load(graph)

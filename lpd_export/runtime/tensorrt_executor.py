@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,6 +290,20 @@ class Binding:
     def use(self, memory: Tensor) -> None:
         """Gives the context the buffer to work in."""
         self._context.set_device_memory(memory.data_ptr(), memory.numel())
+
+    def profile(self, tell: Callable[[str, float], None]) -> None:
+        """Has every run tell the milliseconds of each layer by its name, and wait for the end."""
+        base: Any = self._executor.trt.IProfiler
+
+        class Profiler(base):
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                tell(layer_name, ms)
+
+        self._context.profiler = self._profiler = Profiler()  # TensorRT does not keep it alive
+        self._context.enqueue_emits_profile = True
 
     def check_capturable(self, stream: torch.cuda.Stream) -> None:
         """Raises UserError if TensorRT-RTX says that the context cannot be captured."""

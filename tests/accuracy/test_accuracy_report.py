@@ -593,7 +593,7 @@ def test_plots_take_the_colours_of_the_page() -> None:
     svg = plots.errors_by_step({"cache error": [1e-3, math.nan]}, {"cache error": 1e-2})
     assert not re.search(r"#[0-9a-f]{6}", svg)
     style = set(re.findall(r"var\((--[a-z]+)\)", svg))
-    template = (Path(plots.__file__).with_name("report.html.jinja")).read_text("utf-8")
+    template = (Path(plots.__file__).with_name("style.css.jinja")).read_text("utf-8")
     assert style <= set(re.findall(r"(--[a-z]+):", template))
     assert {"--ink", "--first", "--bad"} <= style
 

@@ -1,0 +1,100 @@
+"""The first image of a process that has just started, in a process of its own.
+
+Knows the stages from the start of Python to an image, and how much memory they take at most. The
+files are in the system's file cache if they were read before: what is timed is not the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lpd_export.errors import UserError
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Seconds of each stage, one after another, and bytes.
+
+    Attributes:
+        imports: from the start of the process until all packages are imported.
+        verify: the manifest is read, and all that is used is compared with its checksums.
+        load: graphs become ready to run.
+        first_image: the first batch of images.
+        total: of them all.
+        peak_memory: resident at most; on a GPU, what its memory held more in the end.
+    """
+
+    imports: float
+    verify: float
+    load: float
+    first_image: float
+    total: float
+    peak_memory: int
+
+
+def cold_start(bundle: Path, batch: int, device: str | None, threads: int | None) -> ColdStart:
+    """Starts a process that makes one batch of images.
+
+    Raises:
+        UserError: if it fails, with its last words.
+    """
+    settings = [str(bundle), str(batch), device or "", str(threads or "")]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "lpd_export.bench.cold", *settings, str(time.time())],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        # It imports from where this process would.
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
+        raise UserError(f"a process of its own cannot generate from {bundle}: {said}")
+    return ColdStart(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(bundle: str, batch: int, device: str | None, threads: int | None, begun: float) -> None:
+    """Makes images and prints a ColdStart as JSON; `begun` is when this process was started."""
+    import torch
+
+    from lpd_export.bundle.manifest import Bundle
+    from lpd_export.runtime.backends import open_executor
+    from lpd_export.runtime.pipeline import Pipeline
+
+    marks = [time.time()]
+    opened = Bundle.open(bundle)
+    schedule = opened.schedule()
+    executor = open_executor(opened, device, threads)
+    gpu = executor.device if executor.device.type == "cuda" else None
+    free = torch.cuda.mem_get_info(gpu)[0] if gpu else 0
+    marks.append(time.time())
+    for graph in ("decode", "detokenize"):
+        executor.load(graph)
+    marks.append(time.time())
+    Pipeline(opened.manifest, schedule, executor).generate([0] * batch, batch=batch)
+    marks.append(time.time())
+    imports, verify, load, image = (b - a for a, b in zip([begun, *marks], marks, strict=False))
+    peak = free - torch.cuda.mem_get_info(gpu)[0] if gpu else peak_memory()
+    print(json.dumps(vars(ColdStart(imports, verify, load, image, marks[-1] - begun, peak))))
+
+
+def peak_memory() -> int:
+    """Bytes that this process had resident at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # the usage that the system keeps counts what it was forked from
+        lines = status.read_text("ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) << 10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    path, size, where, used, started = sys.argv[1:]
+    measure(path, int(size), where or None, int(used) if used else None, float(started))
