@@ -10,19 +10,12 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from polygraphy.comparator import (
-    BaseCompareFunc,
-    Comparator,
-    CompareResult,
-    IterationResult,
-    RunResults,
-    Threshold,
-)
+from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
 from lpd_export.accuracy.results import Figure, Measurement
@@ -38,55 +31,14 @@ GUIDED, LOGITS, IMAGE, INDICES = "guided_logits", "logits", "image", "indices"
 PRESENT = "present_"
 
 
-class MetricThreshold(Threshold):
-    """A limit of `thresholds` in Polygraphy's form."""
+class Outcome(NamedTuple):
+    """A metric of one output; true if it keeps its limit, as Polygraphy asks."""
 
-    def __init__(self, metric: str, limits: Limits) -> None:
-        self.metric = metric
-        self._limits = limits
+    value: float
+    passed: bool
 
-    def passed(self, metric_values: Mapping[str, float]) -> bool:
-        return self._limits.met(self.metric, metric_values[self.metric])
-
-    def describe(self, metric_values: Mapping[str, float]) -> tuple[str, bool]:
-        value, passed = metric_values[self.metric], self.passed(metric_values)
-        return f"{self.metric}: {value:.5g} (limit {self._limits.limit(self.metric):g})", passed
-
-
-class MetricResult(CompareResult):
-    """A metric of one output."""
-
-    def __init__(self, value: float, threshold: MetricThreshold) -> None:
-        super().__init__(thresholds=threshold)
-        self.value = value
-
-    def metric_values(self) -> OrderedDict[str, float]:
-        return OrderedDict({self.thresholds.metric: self.value})
-
-
-class MetricCompareFunc(BaseCompareFunc):
-    """A Polygraphy comparison function of one metric over the outputs that it concerns.
-
-    metric: a name of `MEASURES`.
-    """
-
-    def __init__(self, metric: str, limits: Limits) -> None:
-        self.metric = metric
-        self._outputs, self._measure = MEASURES[metric]
-        self._threshold = MetricThreshold(metric, limits)
-
-    def __call__(
-        self, iter_result0: IterationResult, iter_result1: IterationResult
-    ) -> OrderedDict[str, MetricResult]:
-        results = OrderedDict()
-        for name, expected in iter_result0.items():
-            if name.startswith(self._outputs):
-                value = self._measure(expected, iter_result1[name])
-                results[name] = MetricResult(value, self._threshold)
-        return results
-
-    def thresholds_for(self, output_name: str) -> Threshold:
-        return self._threshold
+    def __bool__(self) -> bool:
+        return self.passed
 
 
 # --------------------------------------------------------------------------------- the metrics
@@ -195,6 +147,23 @@ def comparable(
     return ordered
 
 
+def compare_function(
+    metric: str, limits: Limits
+) -> Callable[[IterationResult, IterationResult], dict[str, Outcome]]:
+    """A comparison function of Polygraphy: one metric of the outputs that it concerns, by name."""
+    outputs, measure = MEASURES[metric]
+
+    def compare(expected: IterationResult, actual: IterationResult) -> dict[str, Outcome]:
+        values = {
+            name: measure(array, actual[name])
+            for name, array in expected.items()
+            if name.startswith(outputs)
+        }
+        return {name: Outcome(value, limits.met(metric, value)) for name, value in values.items()}
+
+    return compare
+
+
 class Comparison:
     """Compares outputs iteration by iteration, and gathers the metrics of each phase.
 
@@ -219,12 +188,12 @@ class Comparison:
             # Polygraphy compares contiguous arrays alone.
             arrays = OrderedDict((key, np.ascontiguousarray(a)) for key, a in outputs.items())
             runs.append((name, [IterationResult(arrays, runner_name=name)]))
-        functions = [MetricCompareFunc(metric, self.limits) for metric in MEASURES]
+        functions = [compare_function(metric, self.limits) for metric in MEASURES]
         with quiet():
             accuracy = Comparator.compare_accuracy(runs, compare_func=functions)
-        for function, result in zip(functions, accuracy, strict=True):
+        for metric, result in zip(MEASURES, accuracy, strict=True):
             for tensor, outcome in result["expected", "actual"][0].items():
-                self.note(phase, tensor, function.metric, outcome.value)
+                self.note(phase, tensor, metric, outcome.value)
 
     def note(self, phase: str, tensor: str, metric: str, value: float) -> None:
         """Adds one value of a metric, measured elsewhere."""

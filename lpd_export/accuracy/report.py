@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,7 +27,6 @@ from rich.text import Text
 from lpd_export.accuracy import plots
 from lpd_export.accuracy.request import IMAGES, RECORD, REFERENCE, REPORT
 from lpd_export.accuracy.results import (
-    Figure,
     ImagePair,
     LayerError,
     Measurement,
@@ -95,7 +94,7 @@ def print_table(verification: Verification, console: Console) -> None:
     if verification.reported:
         table = _table("", "reported, without a limit", "value", left=2)
         for figure in verification.reported:
-            table.add_row(figure.phase, METRICS[figure.metric].title, _figure(figure))
+            table.add_row(figure.phase, METRICS[figure.metric].title, _significant(figure.value))
         console.print(table)
         console.print()
     for line in _verdict(verification):
@@ -147,7 +146,7 @@ def _text(entry: Measurement | None, separator: str = "\n") -> Text:
 
 def _folded(verification: Verification) -> list[list[str]]:
     """The decode phases that share a row: each for itself, or neighbours if many pass."""
-    phases = _decode_phases(verification)
+    phases = [phase for phase in verification.phases if step_of(phase)]
     failed = {entry.phase for entry in verification.failures}
     if len(phases) - len(failed.intersection(phases)) <= _ROWS_UNFOLDED:
         return [[phase] for phase in phases]
@@ -277,15 +276,6 @@ def grown_layers(layers: Sequence[LayerError], count: int = _LAYERS_LISTED) -> l
     return [*broken.values(), *grown][:count]
 
 
-class _Cell(NamedTuple):
-    """A value in a table of the page."""
-
-    value: str
-    breach: str
-    """The limit that it breaks, empty if it keeps it."""
-    tensor: str
-
-
 def _page(
     verification: Verification, commands: Mapping[str, str], differences: Sequence[Pixels]
 ) -> str:
@@ -296,89 +286,67 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["place"] = _place
-    limits = verification.limits.by_metric
-    metrics = _decode_metrics(verification)
-    grown = grown_layers(verification.layers)
+    environment.filters.update(
+        place=_place,
+        title=lambda metric: METRICS[metric].title,
+        shown=_shown,
+        breach=_breach,
+        significant=_significant,
+        growth=_growth,
+    )
+    phases = [phase for phase in verification.phases if step_of(phase)]
+    worst = {phase: _worst_by_metric(verification, [phase]) for phase in phases}
+    layers, grown = verification.layers, grown_layers(verification.layers)
+    first = verification.failures[0].phase if verification.failures else ""
     return environment.get_template("report.html.jinja").render(
         verification=verification,
+        limits=verification.limits,
+        bound=lambda metric: _bound(metric, verification.limits.limit(metric), _SIGNS),
+        metrics_by_name=METRICS,
+        judged=JUDGED,
         against=_against(verification),
         images=_images(verification),
         versions=", ".join(f"{name} {text}" for name, text in verification.versions.items()),
         bisections=list(_bisection_lines(verification)),
-        precision=verification.limits.precision,
         changes=_changes(verification),
-        failures=[
-            (
-                entry,
-                METRICS[entry.metric].title,
-                _shown(entry),
-                _bound(entry.metric, entry.limit, _SIGNS),
-            )
-            for entry in verification.failures[:_FAILURES_SHOWN]
-        ],
+        failures=verification.failures[:_FAILURES_SHOWN],
         failures_open=_FAILURES_OPEN,
-        metrics=[(metric, METRICS[metric].title) for metric in metrics],
-        bounds=[_bound(metric, limits[metric], _SIGNS) for metric in metrics],
-        phases=[
-            (step_of(phase), phase, [_cell(worst.get(metric)) for metric in metrics])
-            for phase in _decode_phases(verification)
-            for worst in [_worst_by_metric(verification, [phase])]
-        ],
-        others=[
-            (
-                entry.phase,
-                METRICS[entry.metric].title,
-                _cell(entry),
-                _bound(entry.metric, entry.limit, _SIGNS),
-            )
-            for entry in _other_worst(verification)
-        ],
-        reported=[
-            (figure.phase, METRICS[figure.metric], _figure(figure))
-            for figure in verification.reported
-        ],
-        thresholds=[
-            (
-                metric,
-                _bound(metric.name, limits[metric.name], _SIGNS),
-                metric.name in verification.limits.overridden,
-            )
-            for metric in JUDGED
-        ],
-        plots=_plots(verification),
+        metrics=_decode_metrics(verification),
+        phases=[(step_of(phase), phase, worst[phase]) for phase in phases],
+        others=_other_worst(verification),
+        plots=_plots(verification, worst),
         parted=_parted(verification),
         layer_plots={
             graph: plots.errors_by_layer(
                 *([each for each in some if each.graph == graph] for some in (layers, grown))
             )
-            for layers in [verification.layers]
             for graph in dict.fromkeys(layer.graph for layer in layers)
         },
-        grown=[(layer, _significant(layer.relative_error, 2), _growth(layer)) for layer in grown],
-        pairs=[
-            _pair(pair, differing)
-            for pair, differing in zip(verification.pairs, differences, strict=True)
-        ],
+        grown=grown,
+        pairs=list(map(_pair, verification.pairs, differences)),
         amplification=AMPLIFICATION,
-        commands=_first_failed_first(verification, commands),
+        # Those of the phase that failed first before all others.
+        commands=sorted(commands.items(), key=lambda command: command[0] != first),
     )
 
 
-def _plots(verification: Verification) -> dict[str, str]:
-    """The plots that there is something to draw in, by name."""
+def _plots(
+    verification: Verification, worst: Mapping[str, Mapping[str, Measurement]]
+) -> dict[str, str]:
+    """The plots that there is something to draw in, by name; worst: by phase and metric."""
     drawn, limits = {}, verification.limits.by_metric
     metrics = [m for m in ("cache_error", "logits_error") if m in _decode_metrics(verification)]
     if metrics:
-        worst = [_worst_by_metric(verification, [phase]) for phase in _decode_phases(verification)]
-        errors = {
-            METRICS[metric].title: [
-                entries[metric].value if metric in entries else math.nan for entries in worst
-            ]
-            for metric in metrics
-        }
-        of = {METRICS[metric].title: limits[metric] for metric in metrics}
-        drawn["errors"] = plots.errors_by_step(errors, of)
+        drawn["errors"] = plots.errors_by_step(
+            {
+                METRICS[metric].title: [
+                    entries[metric].value if metric in entries else math.nan
+                    for entries in worst.values()
+                ]
+                for metric in metrics
+            },
+            {METRICS[metric].title: limits[metric] for metric in metrics},
+        )
     if verification.steps:
         drawn["steps"] = plots.metrics_by_step(
             verification.steps,
@@ -414,31 +382,13 @@ def _pair(pair: ImagePair, differing: Pixels) -> dict[str, Any]:
     }
 
 
-def _first_failed_first(
-    verification: Verification, commands: Mapping[str, str]
-) -> list[tuple[str, str]]:
-    """Titles and lines, those of the phase that failed first before all others."""
-    first = verification.failures[0].phase if verification.failures else ""
-    return sorted(commands.items(), key=lambda command: command[0] != first)
-
-
 def _data_uri(pixels: Pixels) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _cell(entry: Measurement | None) -> _Cell | None:
-    if entry is None:
-        return None
-    return _Cell(_shown(entry), "" if entry.passed else _breach(entry), entry.tensor)
-
-
 # ------------------------------------------------------------------- which rows, which columns
-
-
-def _decode_phases(verification: Verification) -> list[str]:
-    return [phase for phase in verification.phases if step_of(phase)]
 
 
 def _decode_metrics(verification: Verification) -> list[str]:
@@ -532,10 +482,6 @@ def _shown(entry: Measurement) -> str:
     )
 
 
-def _figure(figure: Figure) -> str:
-    return _significant(figure.value, 4)
-
-
-def _significant(value: float, digits: int) -> str:
+def _significant(value: float, digits: int = 4) -> str:
     """A number with this many significant digits; NaN and inf by these names."""
     return "NaN" if math.isnan(value) else f"{value:.{digits}g}"
