@@ -234,7 +234,7 @@ class Comparison:
 def quiet() -> Iterator[None]:
     """Keeps Polygraphy's own lines, and NumPy's about values that are not finite, off the terminal.
 
-    What is found is told by the report.
+    What is found is in the report.
     """
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(all="ignore"):
         yield

@@ -139,7 +139,7 @@ class LargestValue(TypedDict):
 
 @with_config(RECORD)
 class QuantizationDecision(TypedDict):
-    """How many layers of a graph INT8 could take, those that it spares, and by what measure."""
+    """How many layers of a graph could be quantized, those that are not, and by what measure."""
 
     layers: int
     kept: dict[str, float]

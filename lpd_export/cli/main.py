@@ -100,7 +100,7 @@ def say_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def interrupter() -> Callable[[int, object], None]:
-    """A signal handler like Python's for Ctrl-C, deaf to those that an impatient user adds."""
+    """A signal handler like Python's for Ctrl-C; those that an impatient user adds are ignored."""
     last = -math.inf
 
     def interrupt(number: int, frame: object) -> None:

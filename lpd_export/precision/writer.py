@@ -1,7 +1,7 @@
 """From FP32 graphs to the graphs of a precision: measures, decides, then writes.
 
 Knows which steps a precision takes. How values are cast is in `casting`, how layers are quantized
-in `quantization`, what is measured in `calibration`, and which layers INT8 spares in
+in `quantization`, what is measured in `calibration`, and which layers stay as they are in
 `sensitivity`.
 """
 
@@ -91,7 +91,7 @@ class PrecisionWriter:
         decided: CalibrationRecord = {"largest_values": largest_values(calibration)}
         if quantizes:
             check_kept_layers(self.kept_layers, calibration.layers)
-            report(f"measuring which layers {precision.name} must spare")
+            report(f"measuring which layers {precision.name} must leave out")
             chooser = Chooser(self.exact, self.scratch, self.manifest, self.schedule)
             decided["quantization"] = {}
             for graph, layers in calibration.layers.items():

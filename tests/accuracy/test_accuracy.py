@@ -619,8 +619,8 @@ def test_json_of_a_good_bundle(report: Path, small_bundle: Path) -> None:
     assert result == strict((report / "report.json").read_text())
     assert result["passed"] is True
     assert result["first_failure"] is None
-    told = {key: result[key] for key in ("bundle", "name", "precision", "backend", "against")}
-    assert told == {
+    said = {key: result[key] for key in ("bundle", "name", "precision", "backend", "against")}
+    assert said == {
         "bundle": str(small_bundle),
         "name": "small",
         "precision": "fp32",

@@ -166,7 +166,7 @@ def test_a_lost_position_fails_where_its_cell_is_asked_and_given(
 
 
 def test_rows_beyond_the_cache_fail(lifelike_bundle: LifelikeBundle, tmp_path: Path) -> None:
-    """The last phase cannot be run at all: that is told, and what failed before it comes first."""
+    """The last phase cannot be run: the report says so, and what failed before it comes first."""
     bundle = damage.damaged(
         lifelike_bundle("fp32"), tmp_path / "bundle", damage.write_index_off_by_one
     )
@@ -209,7 +209,7 @@ def breaks_at_run(graph: str) -> damage.Damage:
 def test_a_tokenizer_that_fails_draws_images_all_the_same(
     lifelike_bundle: LifelikeBundle, tmp_path: Path
 ) -> None:
-    """It is no part of a generation; and what it fails at is told of either side."""
+    """It is no part of a generation; and what it fails at is remarked of either side."""
     good = lifelike_bundle("fp32")
     bad = damage.damaged(good, tmp_path / "bad", breaks_at_run("tokenize"))
     cause = f"cannot run {bad / 'onnx/tokenize.onnx'}: "
