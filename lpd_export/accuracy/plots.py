@@ -4,7 +4,8 @@ Knows matplotlib, through figures of its own and never a display, and the colour
 style names. Does not know the page, limits or the verdict: it draws the numbers it is given.
 
 A logarithmic axis has no place for 0, NaN and infinite values: a 0 stands as a hollow point on the
-axis's lower end, the others as red crosses on its upper end, and the legend says so.
+axis's lower end, the others as red crosses on its upper end, and the legend says so. On other axes
+the crosses are on the lower end.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def errors_by_layer(layers: Sequence[LayerError], grown: Sequence[LayerError]) -
         axes.set_xlim(low, high)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         size = 4.0 if len(layers) <= LAYER_LABELS else 2.5
-        _draw_series(axes, errors, FIRST, "relative error", upright=True, size=size)
+        _draw_series(axes, errors.tolist(), FIRST, "relative error", upright=True, size=size)
         places = {id(layer): place for place, layer in enumerate(layers)}
         marked = [places[id(layer)] for layer in grown]
         measured = [place for place in marked if np.isfinite(errors[place]) and errors[place] > 0]
@@ -225,7 +226,7 @@ def _figure(height: float, *ratios: float) -> tuple[Figure, list[Axes]]:
 
 def _draw_series(
     axes: Axes,
-    values: Sequence[float] | NDArray[np.float64],
+    values: Sequence[float],
     colour: str,
     title: str,
     *,
@@ -233,63 +234,39 @@ def _draw_series(
     size: float = 4.0,
     upright: bool = False,
 ) -> None:
-    """A series on an axis that is logarithmic, its limits already set; see the module on 0.
+    """A series on an axis of values whose limits are set; see the module on 0, NaN and infinity.
 
     upright: the series goes down the y axis, and its values along the x axis.
     """
     array = np.asarray(values, float)
     places = np.arange(len(array)) + (not upright)  # steps count from 1
-    drawn = np.isfinite(array) & (array > 0)
-    line = np.where(drawn, array, np.nan)  # broken where there is no value
-    pairs = (line, places) if upright else (places, line)
-    axes.plot(*pairs, color=colour, linewidth=1.3, marker=marker, markersize=size, label=title)
+    finite = np.isfinite(array)
+    logarithmic = (axes.get_xscale() if upright else axes.get_yscale()) == "log"
+    zero = array == 0 if logarithmic else np.zeros(len(array), bool)
     low, high = axes.get_xlim() if upright else axes.get_ylim()
-    _draw_edge(
-        axes,
-        places[array == 0],
-        low,
-        upright,
-        label=_ZERO,
-        color=colour,
-        marker=marker,
-        markersize=size + 2.5,
-        markerfacecolor="none",
-    )
-    _draw_edge(
-        axes,
-        places[~np.isfinite(array)],
-        high,
-        upright,
-        label=_NOT_FINITE,
-        color=BAD,
-        marker="X",
-        markersize=size + 2.5,
-    )
 
+    def draw(at: NDArray[np.intp], along: NDArray[np.float64], **style: Any) -> None:
+        axes.plot(*((along, at) if upright else (at, along)), **style)
 
-def _draw_edge(
-    axes: Axes, places: NDArray[np.intp], edge: float, upright: bool = False, **style: Any
-) -> None:
-    """What has no place on the axis of values, on an end of it."""
-    if len(places):
-        edges = np.full(len(places), edge)
-        pairs = (edges, places) if upright else (places, edges)
-        axes.plot(*pairs, linestyle="none", clip_on=False, zorder=5, **style)
+    line = np.where(finite & ~zero, array, np.nan)  # broken where there is no value
+    draw(places, line, color=colour, linewidth=1.3, marker=marker, markersize=size, label=title)
+    edge = {"linestyle": "none", "clip_on": False, "zorder": 5, "markersize": size + 2.5}
+    hollow = {"label": _ZERO, "color": colour, "marker": marker, "markerfacecolor": "none"}
+    cross = {"label": _NOT_FINITE, "color": BAD, "marker": "X"}
+    for among, end, style in (
+        (zero, low, hollow),
+        (~finite, high if logarithmic else low, cross),
+    ):
+        if among.any():
+            draw(places[among], np.full(among.sum(), end), **edge, **style)
 
 
 def _draw_shares(axes: Axes, values: Sequence[float], title: str, limit: float = 0.99) -> None:
-    """Shares along the steps, with room for a limit; NaN as red crosses on the lower end."""
-    array = np.asarray(values, float)
-    finite = np.isfinite(array)
-    low = min([*array[finite], limit, 0.99])
+    """Shares along the steps, with room for a limit."""
+    low = min([*(value for value in values if math.isfinite(value)), limit, 0.99])
     room = max((1 - low) * 0.12, 1e-3)
     axes.set_ylim(low - room, 1 + room / 2)
-    places = np.arange(1, len(array) + 1)
-    line = np.where(finite, array, np.nan)
-    axes.plot(places, line, color=SECOND, linewidth=1.3, marker="s", markersize=4, label=title)
-    _draw_edge(
-        axes, places[~finite], low - room, label=_NOT_FINITE, color=BAD, marker="X", markersize=6.5
-    )
+    _draw_series(axes, values, SECOND, title, marker="s")
 
 
 def _draw_limits(axes: Axes, limits: Mapping[str, float]) -> None:
