@@ -69,11 +69,6 @@ class VerifyRequest:
         Limits.of([precision], self.thresholds)
         if self.onnx and self.device == "cuda":
             raise UserError("--onnx runs the graphs on the CPU: it does not go with --device cuda")
-        if self.bisect and not PRECISIONS[precision].quantization:
-            raise UserError(
-                f"--bisect finds the layers that quantization must leave out, and {bundle.path} is "
-                f"{precision}: build one with --precision {' or '.join(QUANTIZED)}"
-            )
         if self.against != REFERENCE:
             Bundle.open(self.against)
             for option in ("checkpoint", "tokenizer", "by_layer", "bisect"):
@@ -82,6 +77,11 @@ class VerifyRequest:
                         f"--{option.replace('_', '-')} needs the reference: it does not go with "
                         "--against"
                     )
+        if self.bisect and not PRECISIONS[precision].quantization:
+            raise UserError(
+                f"--bisect finds the layers that quantization must leave out, and {bundle.path} is "
+                f"{precision}: build one with --precision {' or '.join(QUANTIZED)}"
+            )
         check_report_folder(self.folder)
 
 
