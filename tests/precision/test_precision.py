@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +23,7 @@ from hypothesis import strategies as st
 import lpd_export.build.build
 from lpd_export import Pipeline, UserError
 from lpd_export.build.build import build
-from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, CalibrationRecord
 from lpd_export.formats import BFLOAT16, FLOAT16, PRECISIONS
 from lpd_export.graphs import export
@@ -47,14 +50,8 @@ from lpd_export.progress import Report
 
 pytestmark = pytest.mark.model
 
-ROOT = Path(__file__).parents[2]
 COMPUTE = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-
-
-def build_demo(out: Path, **settings: object) -> Path:
-    recipe = read_recipe(ROOT / "tests" / "data" / "lpd-emoji32" / "recipe.toml")
-    return build(BuildRequest(**(recipe | {"out": str(out)} | settings)))  # type: ignore[arg-type]
 
 
 def models(bundle: Path) -> dict[str, ir.Model]:
@@ -479,27 +476,38 @@ def test_simulation_leaves_the_graph_as_it_is(emoji_bundle: Path) -> None:
 
 
 def test_measurements_are_kept_by_content(
-    own_cache: Path, emoji_int8_bundle: Path, tmp_path: Path
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {path: path.stat().st_mtime_ns for path in own_cache.glob("calibration-*.json")}
-    assert files
-    told: list[str] = []
-    recipe = read_recipe(ROOT / "tests" / "data" / "lpd-emoji32" / "recipe.toml")
-    request = BuildRequest(**(recipe | {"out": str(tmp_path / "again"), "precision": "int8"}))  # type: ignore[arg-type]
-    build(request, report=told.append)
-    assert any("taking measured ranges" in line for line in told)
-    assert {path: path.stat().st_mtime_ns for path in files} == files
-    weights = [
-        (folder / "onnx/weights.data").read_bytes()
-        for folder in (emoji_int8_bundle, tmp_path / "again")
-    ]
-    assert weights[0] == weights[1]
-    other = BuildRequest(
-        **(recipe | {"out": str(tmp_path / "other"), "precision": "fp16", "cfg": 2.0})  # type: ignore[arg-type]
-    )
-    told.clear()
-    build(other, report=told.append)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle, told = Bundle.open(small_bundle), []
+
+    def weights(precision: str, **changes: Any) -> bytes:
+        """What a build in a precision writes."""
+        told.clear()
+        manifest = dataclasses.replace(bundle.manifest, precision=precision, **changes)
+        with tempfile.TemporaryDirectory(dir=tmp_path) as name:
+            folder = Path(name)
+            exact = shutil.copytree(small_bundle / "onnx", folder / "exact")
+            made = writer.PrecisionWriter(exact, folder / "scratch", manifest, bundle.schedule())
+            made.write(folder / "out", told.append)
+            return (folder / "out/weights.data").read_bytes()
+
+    first = weights("int8")
+    (kept,) = (tmp_path / "cache").rglob("calibration-*.json")
+    whole = kept.read_text()
+    assert weights("int8") == first
+    assert f"taking measured ranges from {kept}" in told
+    assert kept.read_text() == whole
+    weights("fp16", cfg=2.0)
     assert any(line.startswith("measuring the range") for line in told)
+    kept.write_text(whole[:100])
+    assert weights("int8") == first
+    assert f"{kept} is damaged: measuring again" in told
+    assert json.loads(kept.read_text()) == json.loads(whole)
+    shutil.rmtree(kept.parent)
+    kept.parent.write_text("a file where the folder should be")
+    weights("fp16")
+    assert any(line.startswith("what was measured is not kept") for line in told)
 
 
 @pytest.mark.parametrize(
@@ -559,33 +567,3 @@ def test_kl_is_zero_for_itself_and_what_it_is_otherwise() -> None:
 def test_a_layer_that_was_never_used_is_quantized_without_a_division_by_zero() -> None:
     assert step_of(0.0) > 0
     assert step_of(2.0) == 2.0 / LEVELS
-
-
-def test_a_damaged_measurement_is_made_again(
-    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    told: list[str] = []
-
-    def build_in(out: str) -> None:
-        request = BuildRequest(
-            checkpoint=str(small_weights / "lpd.pth"),
-            tokenizer=str(small_weights / "vq.pt"),
-            steps=4,
-            precision="fp16",
-            out=str(tmp_path / out),
-        )
-        build(request, report=told.append)
-
-    build_in("first")
-    (kept,) = (tmp_path / "cache").rglob("calibration-*.json")
-    whole = kept.read_text()
-    kept.write_text(whole[:100])
-    build_in("second")
-    assert f"{kept} is damaged: measuring again" in told
-    assert json.loads(kept.read_text()) == json.loads(whole)
-    kept.unlink()
-    kept.parent.rmdir()
-    kept.parent.write_text("a file where the folder should be")
-    build_in("third")
-    assert any(line.startswith("what was measured is not kept") for line in told)
