@@ -110,9 +110,13 @@ def calibration_lines(manifest: Manifest) -> Iterator[str]:
             f"  {name:10} {graph}: {decision['measure']} {decision['value']:.3g}, limit "
             f"{decision['limit']:g}"
         )
+        trials = decision.get("trials", [])
+        if len(trials) > 1:
+            curve = ", ".join(f"{int(count)}: {value:.3g}" for count, value in trials)
+            yield f"  {'':10} by layers in higher precision: {curve}"
         if kept:
             more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
-            yield f"  {'':10} in higher precision, the noisiest: {', '.join(kept[:3])}{more}"
+            yield f"  {'':10} in higher precision, above all: {', '.join(kept[:3])}{more}"
 
 
 def engine_lines(manifest: Manifest) -> Iterator[str]:

@@ -146,6 +146,7 @@ class QuantizationDecision(TypedDict):
     measure: str
     value: float
     limit: float
+    trials: NotRequired[Sequence[Sequence[float]]]
 
 
 @with_config(RECORD)

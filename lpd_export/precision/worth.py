@@ -1,0 +1,149 @@
+"""What quantizing each layer alone changes of the whole graph.
+
+A layer's own noise does not say what becomes of it further on. So the decode graph is given both
+products of every layer, the exact one and the quantized one, and gates that choose between them row
+by row: one session computes an image many times at once, each time with another layer quantized.
+Knows the graph and its run; what follows from it is decided in `sensitivity`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from lpd_export.bundle.manifest import Manifest
+from lpd_export.graphs import contract, export
+from lpd_export.precision.quantization import quantizable_layers, simulate_layer
+from lpd_export.runtime.executor import Executor, Run
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+from lpd_export.runtime.pipeline import Pipeline
+from lpd_export.runtime.requests import GeneratedImage
+from lpd_export.schedule.schedule_file import Schedule
+
+GATES = "gates"
+"""Input [rows, layers] of a gated graph: 1 where a row has a layer quantized, else 0."""
+TOGETHER = 8
+"""Layers that are tried in one run, each in rows of its own."""
+FEWEST_CELLS = 256
+"""Compared of each layer: enough to rank them, all of them being tried on the same cells."""
+
+
+class GatedExecutor:
+    """An executor whose gated decode graph has one layer quantized in the rows of each image.
+
+    Attributes:
+        chosen: the layer of each image of the batch, by its number.
+    """
+
+    records = False
+
+    def __init__(self, executor: Executor, layers: int) -> None:
+        self._executor = executor
+        self._layers = layers
+        self.chosen: Sequence[int] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self._executor.device
+
+    @property
+    def float_type(self) -> torch.dtype:
+        return self._executor.float_type
+
+    def stream(self) -> AbstractContextManager[None]:
+        return self._executor.stream()
+
+    def record(self, work: Run) -> Run:
+        return work
+
+    def load(self, graph: str) -> object:
+        return self._executor.load(graph)
+
+    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+        rows = tensors[contract.TOKEN_IDS].shape[0]
+        gates = torch.nn.functional.one_hot(torch.tensor(self.chosen), self._layers)
+        # Rows with a condition come first, then those without: an image has one of each.
+        gates = gates.float().repeat(rows // len(self.chosen), 1)
+        return self._executor.bind(graph, {**tensors, GATES: gates})
+
+
+def add_gates(model: ir.Model, ranges: Mapping[str, float]) -> list[str]:
+    """Gives a graph the input GATES, in place; returns its layers in the order of the gates.
+
+    ranges: the largest magnitude of each layer's activation, by the layer's node.
+    """
+    graph = model.graph
+    layers = [layer for layer in quantizable_layers(model) if layer.node in ranges]
+    gates = ir.Value(name=GATES, type=ir.TensorType(ir.DataType.FLOAT))
+    gates.shape = ir.Shape([contract.ROWS, len(layers)])
+    graph.inputs.append(gates)
+
+    def constant(name: str, number: int) -> ir.Value:
+        value = ir.Value(name=f"{GATES}/{name}", const_value=ir.tensor([number]))
+        graph.register_initializer(value)
+        return value
+
+    last = constant("last", 2)
+    for number, layer in enumerate(layers):
+        product = next(node for node in graph if node.name == layer.node)
+        exact = product.outputs[0]
+        users, name, is_output = list(exact.uses()), exact.name, exact.is_graph_output()
+        rounded, _ = simulate_layer(model, layer, ranges[layer.node], weight=True)
+        gate = ir.node("Gather", [gates, constant(layer.node, number)], {"axis": 1})
+        gate_of_row = ir.node("Unsqueeze", [gate.outputs[0], last])
+        change = ir.node("Sub", [rounded, exact])
+        gated = ir.node("Mul", [change.outputs[0], gate_of_row.outputs[0]])
+        result = ir.node("Add", [exact, gated.outputs[0]])
+        producer = rounded.producer()
+        assert producer is not None
+        graph.insert_after(producer, [gate, gate_of_row, change, gated, result])
+        result.outputs[0].type, result.outputs[0].shape = exact.type, exact.shape
+        for user, at in users:
+            user.replace_input_with(at, result.outputs[0])
+        if is_output:
+            graph.outputs[list(graph.outputs).index(exact)] = result.outputs[0]
+            exact.name, result.outputs[0].name = f"{name}/exact", name
+    return [layer.node for layer in layers]
+
+
+def worth_of_layers(
+    graphs: Path,
+    scratch: Path,
+    manifest: Manifest,
+    schedule: Schedule,
+    ranges: Mapping[str, float],
+    images: Sequence[GeneratedImage],
+    log_probabilities: Tensor,
+) -> dict[str, float]:
+    """The mean KL divergence that quantizing each layer of the decode graph alone brings about.
+
+    Args:
+        graphs: a folder with the FP32 ONNX files.
+        scratch: an empty folder.
+        manifest, schedule: of the bundle in the making.
+        ranges: the largest magnitude of each layer's activation, by the layer's node.
+        images: some are compared, the first ones.
+        log_probabilities: [images, S, V] as the exact graphs have them.
+    """
+    model = ir.load(graphs / "decode.onnx")
+    layers = add_gates(model, ranges)
+    export.write_models({"decode": model}, scratch)
+    executor = GatedExecutor(OnnxRuntimeExecutor({"decode": scratch / "decode.onnx"}), len(layers))
+    pipeline = Pipeline(manifest, schedule, executor)
+    count = min(len(images), math.ceil(FEWEST_CELLS / log_probabilities.shape[1]))
+    worth = torch.zeros(len(layers))
+    for first in range(0, len(layers), TOGETHER):
+        executor.chosen = range(first, min(first + TOGETHER, len(layers)))
+        for image, exact in zip(images[:count], log_probabilities[:count], strict=True):
+            rounded = pipeline.teacher_forced_logits([image] * len(executor.chosen))
+            divergence = (exact.exp() * (exact - rounded.log_softmax(dim=-1))).sum(dim=-1)
+            worth[first : first + TOGETHER] += divergence.mean(dim=-1) / count
+    for file in scratch.iterdir():
+        file.unlink()
+    return dict(zip(layers, worth.tolist(), strict=True))
