@@ -457,7 +457,7 @@ def append_record(out: Path, finished: Finished) -> None:
 class Traces:
     """The pictures of each image after each step, and one drawing of them an image.
 
-    For 00003_red-panda.png they are `trace/00003_red-panda/step_00.png` and so on, and
+    For 00003_red-panda.png they are `trace/00003_red-panda/step_01.png` and so on, and
     `trace/00003_red-panda.png`, which is written when the others are there.
     """
 
@@ -476,9 +476,9 @@ class Traces:
     def pictures(self, index: int) -> list[Path]:
         """The pictures of image `index`, one a step."""
         steps = self._plan.schedule.steps
-        digits = max(2, len(str(steps - 1)))
+        digits = max(2, len(str(steps)))
         folder = self.drawing(index).with_suffix("")
-        return [folder / f"step_{step:0{digits}d}.png" for step in range(steps)]
+        return [folder / f"step_{step:0{digits}d}.png" for step in range(1, steps + 1)]
 
     def complete(self, done: Mapping[int, Finished]) -> None:
         """Saves the trace of each of these images that has none, or not a whole one."""

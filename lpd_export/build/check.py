@@ -82,7 +82,7 @@ def compare_with_reference(
     executor = OnnxRuntimeExecutor(files, float_type)
     pipeline = Pipeline(manifest, settings.schedule, executor)
     steps = pipeline.bind_steps(images=1, guided=True)
-    for number, (step, expected) in enumerate(zip(steps, check.steps, strict=False)):
+    for number, (step, expected) in enumerate(zip(steps, check.steps, strict=False), 1):
         step.token_ids.copy_(expected.token_ids)
         step.positions.copy_(expected.positions)
         step.run()

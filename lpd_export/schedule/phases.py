@@ -67,7 +67,7 @@ def checked_sizes(sizes: Sizes, cells: int) -> NDArray[np.int32]:
         )
     if sizes.min() < 1:
         raise UserError(
-            f"group {int(sizes.argmin())} has {sizes.min()} cells: every step must generate at "
+            f"step {int(sizes.argmin()) + 1} has {sizes.min()} cells: every step must generate at "
             "least one"
         )
     if (total := sum(sizes.tolist())) != cells:

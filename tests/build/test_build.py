@@ -613,8 +613,8 @@ def test_a_bundle_that_computes_something_else(
     small_bundle: Path, small_weights: Path, tmp_path: Path
 ) -> None:
     for change, message in (
-        ("head.weight", "the logits of step 0 differ from the reference's by"),
-        ("token_emb.weight", "the logits of step 1 differ"),  # no tokens before the first step
+        ("head.weight", "the logits of step 1 differ from the reference's by"),
+        ("token_emb.weight", "the logits of step 2 differ"),  # no tokens before the first step
         (None, ""),
     ):
         state = state_of(small_weights / "lpd.pth")

@@ -140,7 +140,8 @@ def traces(out: Path) -> dict[str, bytes]:
 def trace_files(rows: list[dict[str, Any]], steps: int) -> list[str]:
     """All that belongs to the traces of these images."""
     folders = [f"trace/{Path(row['file']).stem}" for row in rows]
-    pictures = [f"{folder}/step_{step:02d}.png" for folder in folders for step in range(steps)]
+    names = [f"step_{step:02d}.png" for step in range(1, steps + 1)]
+    pictures = [f"{folder}/{name}" for folder in folders for name in names]
     return sorted(["trace", *folders, *pictures, *(f"{folder}.png" for folder in folders)])
 
 
@@ -155,7 +156,7 @@ def test_a_trace_shows_how_each_image_fills_in(emoji_bundle: Path, tmp_path: Pat
         steps = step_of_cell(schedule.orders[[row["order"]]], schedule.group_sizes)
         of_pixel = steps.reshape(16, 16).repeat(2, axis=0).repeat(2, axis=1)
         for step in range(20):
-            picture = pixels(folder / f"step_{step:02d}.png")
+            picture = pixels(folder / f"step_{step + 1:02d}.png")
             assert (picture[of_pixel > step] == BLANK).all()
             assert (picture[of_pixel <= step] != BLANK).any(axis=1).mean() > 0.8
         assert (picture == image).all()
@@ -164,7 +165,7 @@ def test_a_trace_shows_how_each_image_fills_in(emoji_bundle: Path, tmp_path: Pat
         assert drawing.shape[1] > 5 * 192
     (last,) = Pipeline.open(emoji_bundle).generate(["heart"])
     expected = Pipeline.open(emoji_bundle).trace(last)
-    for step, picture in enumerate(expected):
+    for step, picture in enumerate(expected, 1):
         assert (pixels(out / f"trace/00000_heart/step_{step:02d}.png") == picture).all()
 
 
@@ -174,9 +175,9 @@ def test_a_trace_follows_a_schedule_of_ones_own(emoji_bundle: Path, tmp_path: Pa
     (row,) = run(emoji_bundle, tmp_path / "a", *options)
     folder = tmp_path / "a/trace/00000_heart"
     # As many digits as the last step has, so that names sort by step.
-    assert entries(folder) == [f"step_{step:03d}.png" for step in range(102)]
-    assert (pixels(folder / "step_101.png") == pixels(tmp_path / "a" / row["file"])).all()
-    first = pixels(folder / "step_000.png")
+    assert entries(folder) == [f"step_{step:03d}.png" for step in range(1, 103)]
+    assert (pixels(folder / "step_102.png") == pixels(tmp_path / "a" / row["file"])).all()
+    first = pixels(folder / "step_001.png")
     assert (first[:2, :2] != BLANK).any()
     assert (first[2:] == BLANK).all()
 
