@@ -85,14 +85,19 @@ def generation_work(bundle: Bundle, phases: Sequence[Phase] | None = None) -> di
     phases = manifest.phases if phases is None else phases
     rows = 2 if manifest.cfg != 1 else 1
     parts: dict[str, Work] = {}
+    counted: dict[tuple[int, int], Work] = {}  # of one token a step, nearly all phases are alike
     for phase in phases:
+        sizes_of_phase = (phase.context, phase.queries)
+        if sizes_of_phase in counted:
+            parts[step_title(phase)] = counted[sizes_of_phase]
+            continue
         if own and manifest.phase_rows == rows:
             model = ir.load(bundle.file(f"onnx/{phase.name}.onnx"))
         else:
             model = ir.load(bundle.file("onnx/decode.onnx"))
             sizes = {ROWS: rows, CONTEXT_TOKENS: phase.context, TOKENS: phase.tokens}
             make_static(model, sizes)
-        parts[step_title(phase)] = graph_work(model)
+        counted[sizes_of_phase] = parts[step_title(phase)] = graph_work(model)
     cells = sum(phase.queries for phase in phases)
     # The logits of all rows are read once: guidance and the draw in one pass.
     parts[SAMPLING] = Work(activations=rows * cells * manifest.model.vocab_size * 4)
