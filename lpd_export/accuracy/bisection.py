@@ -34,8 +34,9 @@ from lpd_export.formats import PRECISIONS, FloatType
 from lpd_export.graphs import export
 from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.casting import lower
+from lpd_export.precision.convolutions import Spans, quantize_convolutions
 from lpd_export.precision.quantization import quantize
-from lpd_export.precision.writer import calibrate
+from lpd_export.precision.writer import calibrate, spans_for
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
@@ -105,6 +106,7 @@ class Bisector:
         around: the float precision around INT8, fp32 or fp16.
         judge: tells whether a trial's graph keeps the limits.
         report: called with a line for each trial.
+        spans: for each graph, of what convolutions read and give, where that is rounded too.
     """
 
     def __init__(
@@ -114,7 +116,9 @@ class Bisector:
         float_type: FloatType,
         judge: Judge,
         report: Report,
+        spans: Mapping[str, Spans] | None = None,
     ) -> None:
+        self._spans = spans or {}
         self._exact = exact
         self._scratch = scratch
         self._float_type = float_type
@@ -165,6 +169,8 @@ class Bisector:
         """Whether a graph with these layers quantized keeps the limits."""
         model = ir.load(self._exact / f"{graph}.onnx")
         lower(model, self._float_type)
+        if graph in self._spans:
+            quantize_convolutions(model, ranges, self._spans[graph])
         quantize(model, ranges, unsigned=True)
         self._scratch.mkdir(parents=True, exist_ok=True)
         export.write_models({graph: model}, self._scratch)
@@ -217,7 +223,8 @@ def find_kept_layers(context: Context) -> list[Bisection]:
         trial = BundleSide("trial", Pipeline(manifest, schedule, executor), "")
         return holds(graph, replace(context, expected=reference, actual=trial), whole)
 
-    bisector = Bisector(exact, trials, float_type, judge, context.report)
+    spans = spans_for(manifest.backend, calibration)
+    bisector = Bisector(exact, trials, float_type, judge, context.report, spans)
     return [bisector.search(graph, calibration.layers[graph]) for graph in GRAPH_NAMES]
 
 

@@ -48,6 +48,8 @@ class EngineReport:
         copied_caches: caches, by the name `past_...` or `present_...`, that a layer reads whole
             without being fused attention or their update in place: it writes a copy, for
             attention to read. One that is updated in place is `present_...` throughout.
+        convolutions, integer_convolutions: kernels of convolutions in all profiles, and those of
+            them that read INT8.
         engine_layers: layers after fusion, of all profiles.
         profiles: optimization profiles, 1 for a graph of static shapes.
         size: of the serialized engine, in bytes.
@@ -62,6 +64,8 @@ class EngineReport:
     fused_kernels: tuple[str, ...]
     cache_updates: int
     copied_caches: tuple[str, ...]
+    convolutions: int
+    integer_convolutions: int
     engine_layers: int
     profiles: int
     size: int
@@ -231,7 +235,7 @@ def _errors(log: str) -> list[str]:
 
 def _facts_of_log(log: str, inputs: Mapping[str, object]) -> dict[str, Any]:
     """What the builder's verbose log says of the engine's layers; see EngineReport."""
-    layer = r"^ *Name: (\S.*?), LayerType: \w+, Inputs: (.*?), Constants: .*?, Outputs: (.*)"
+    layer = r"^ *Name: (\S.*?), LayerType: (\w+), Inputs: (.*?), Constants: .*?, Outputs: (.*)"
     layers = re.findall(layer, log, re.MULTILINE)
 
     def tensors(text: str) -> set[str]:
@@ -239,13 +243,17 @@ def _facts_of_log(log: str, inputs: Mapping[str, object]) -> dict[str, Any]:
         return set(re.findall(r"\{ Name: ([^ ,]+)", text))
 
     copied: set[str] = set()
-    for name, read, written in layers:
+    for name, _, read, written in layers:
         if "mha" not in name:
             copied |= tensors(read) - tensors(written)
     caches = [name for name in inputs if contract.is_past(name)]
+    # A kernel that fuses a convolution with what is beside it is a correlation too.
+    convolutions = [read for _, kind, read, _ in layers if kind == "correlation"]
     return {
         "engine_layers": len(layers),
         "fused_kernels": tuple(name for name, *_ in layers if "mha" in name),
+        "convolutions": len(convolutions),
+        "integer_convolutions": sum("Datatype: Int8" in read for read in convolutions),
         "copied_caches": tuple(
             name for past in caches for name in (past, contract.present_of(past)) if name in copied
         ),

@@ -135,6 +135,11 @@ def engine_lines(manifest: Manifest) -> Iterator[str]:
                 f"{len(engine['copied_caches'])} copied for attention, {fused} of "
                 f"{engine['attentions']} attentions fused"
             )
+        if engine["integer_convolutions"]:
+            yield (
+                f"  {'':10} {engine['integer_convolutions']} of {engine['convolutions']} "
+                "convolutions in INT8 kernels"
+            )
         tensors = ", ".join(f"{name} {shape}" for name, shape in engine["tensors"].items())
         yield f"  {'':10} {tensors}"
         for number, profile in enumerate(engine["optimization_profiles"]):

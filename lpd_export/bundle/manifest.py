@@ -167,6 +167,8 @@ class EngineRecord(TypedDict):
     engine_layers: int
     cache_updates: int
     copied_caches: Sequence[str]
+    convolutions: int
+    integer_convolutions: int
     attentions: int
     decomposable_attentions: int
     tensors: dict[str, str]

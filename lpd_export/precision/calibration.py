@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
 from lpd_export.graphs import export
+from lpd_export.precision.convolutions import Span, best_span, convolution_values, samples_of
 from lpd_export.precision.equalization import balances, best_scale
 from lpd_export.precision.quantization import CLIPPING, Layer, quantizable_layers, simulate_layer
 from lpd_export.runtime.executor import Executor, Run
@@ -257,6 +258,8 @@ class Calibration:
     """What INT8 divides these channels by; `ranges` and `channels` are as they were before."""
     layers: dict[str, dict[str, LayerMeasurement]] = field(default_factory=dict)
     """For each graph, for each layer's node; only measured for INT8."""
+    spans: dict[str, dict[str, Span]] = field(default_factory=dict)
+    """For each graph, of what convolutions read and give, by name; only measured for INT8."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -268,7 +271,11 @@ class Calibration:
             graph: {node: LayerMeasurement(**entry) for node, entry in entries.items()}
             for graph, entries in values["layers"].items()
         }
-        return cls(values["ranges"], values["channels"], values["scales"], layers)
+        spans = {
+            graph: {name: Span(*ends) for name, ends in entries.items()}
+            for graph, entries in values["spans"].items()
+        }
+        return cls(values["ranges"], values["channels"], values["scales"], layers, spans)
 
 
 class Calibrator:
@@ -323,9 +330,19 @@ class Calibrator:
         channels = {norm: values.tolist() for norm, values in largest.items()}
         return Calibration(recorder.measured(), channels, scales)
 
-    def layers(self, ranges: Measured) -> dict[str, dict[str, LayerMeasurement]]:
-        """Activation ranges and noise of every layer that could be quantized."""
-        tried = self._measure(partial(self._clipping_errors, ranges=ranges), torch.add).measured()
+    def layers(
+        self, ranges: Measured
+    ) -> tuple[dict[str, dict[str, LayerMeasurement]], dict[str, dict[str, Span]]]:
+        """Activation ranges and noise of every layer that could be quantized.
+
+        And the spans of what convolutions read and give.
+        """
+        recorder = self._measure(partial(self._clipping_errors, ranges=ranges), torch.add)
+        tried = recorder.measured()
+        spans: dict[str, dict[str, Span]] = {graph: {} for graph in GRAPH_NAMES}
+        for name, samples in recorder.kept().items():
+            graph, value = name.split(":", 1)
+            spans[graph][value] = best_span(samples)
         chosen: Measured = {}
         for graph, errors in tried.items():
             best: dict[str, tuple[float, float]] = {}
@@ -338,7 +355,7 @@ class Calibrator:
                 for node, (_, clipping) in best.items()
             }
         noise = self._measure(partial(self._noise, ranges=chosen), torch.add).measured()
-        return {
+        layers = {
             graph: {
                 node: LayerMeasurement(
                     activation_range=activation_range,
@@ -348,21 +365,29 @@ class Calibrator:
             }
             for graph, entries in chosen.items()
         }
+        return layers, spans
 
     def _layers(self, graph: str) -> list[Layer]:
         return quantizable_layers(ir.load(self._graphs / f"{graph}.onnx"))
 
     @staticmethod
     def _clipping_errors(graph: str, model: ir.Model, ranges: Measured) -> Instruments:
-        """Squared error of each layer's activation, for each place to cut it off."""
+        """Squared error of each layer's activation, for each place to cut it off.
+
+        And samples of what convolutions read and give.
+        """
         scalars = {}
+        matrices = {
+            f"{graph}:{name}": samples_of(model.graph, value)
+            for name, value in convolution_values(model).items()
+        }
         for layer in quantizable_layers(model):
             largest = ranges[graph].get(layer.activation, 1.0)
             for clipping in CLIPPING:
                 rounded, exact = simulate_layer(model, layer, clipping * largest, weight=False)
                 error = difference(model.graph, rounded, exact)
                 scalars[f"{layer.node}@{clipping}"] = sum_of_squares(model.graph, error)
-        return Instruments(scalars)
+        return Instruments(scalars, matrices)
 
     @staticmethod
     def _noise(graph: str, model: ir.Model, ranges: Measured) -> Instruments:

@@ -26,7 +26,7 @@ from lpd_export.files import cache_folder, sha256, write_atomically
 from lpd_export.formats import BACKENDS, FLOAT32, PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision import calibration as calibration_module
-from lpd_export.precision import equalization, quantization
+from lpd_export.precision import convolutions, equalization, quantization
 from lpd_export.precision.calibration import (
     BATCH,
     SEED,
@@ -35,6 +35,7 @@ from lpd_export.precision.calibration import (
     calibration_images,
 )
 from lpd_export.precision.casting import HEADROOM, check_ranges, lower
+from lpd_export.precision.convolutions import Spans, quantize_convolutions
 from lpd_export.precision.equalization import equalize_graphs, equalized_ranges, range_scales
 from lpd_export.precision.quantization import CLIPPING, LEVELS, quantize
 from lpd_export.precision.sensitivity import Chooser
@@ -44,6 +45,7 @@ from lpd_export.schedule.schedule_file import Schedule
 
 MEASURING = (
     calibration_module,
+    convolutions,
     equalization,
     quantization,
     generator,
@@ -87,12 +89,13 @@ class PrecisionWriter:
         )
         if float_type != FLOAT32:
             check_ranges(calibration.ranges, float_type)
+        spans = spans_for(backend, calibration)
         quantized: dict[str, dict[str, float]] = {}
         decided: CalibrationRecord = {"largest_values": largest_values(calibration)}
         if quantizes:
             check_kept_layers(self.kept_layers, calibration.layers)
             report(f"measuring which layers {precision.name} must leave out")
-            chooser = Chooser(self.exact, self.scratch, self.manifest, self.schedule)
+            chooser = Chooser(self.exact, self.scratch, self.manifest, self.schedule, spans)
             decided["quantization"] = {}
             for graph, layers in calibration.layers.items():
                 if graph in self.kept_layers:
@@ -106,7 +109,10 @@ class PrecisionWriter:
         models = {graph: ir.load(self.exact / f"{graph}.onnx") for graph in GRAPH_NAMES}
         for graph, model in models.items():
             lower(model, float_type)
-            quantize(model, quantized.get(graph, {}), BACKENDS[backend].unsigned)
+            ranges = quantized.get(graph, {})
+            if graph in spans:
+                quantize_convolutions(model, ranges, spans[graph])
+            quantize(model, ranges, BACKENDS[backend].unsigned)
         out.mkdir()
         export.write_models(models, out)
         return decided
@@ -155,7 +161,8 @@ def calibrate(
         return equalized
     if with_layers:
         report("measuring the noise of every quantized layer")
-        equalized = dataclasses.replace(equalized, layers=calibrator.layers(equalized.ranges))
+        layers, spans = calibrator.layers(equalized.ranges)
+        equalized = dataclasses.replace(equalized, layers=layers, spans=spans)
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
         as_measured = dataclasses.replace(equalized, ranges=measured.ranges)
@@ -176,6 +183,11 @@ def _read_calibration(file: Path, report: Report) -> Calibration | None:
         return None
     report(f"taking measured ranges from {file}")
     return calibration
+
+
+def spans_for(backend: str, calibration: Calibration) -> Mapping[str, Spans]:
+    """For each graph, of what convolutions read and give; none where only what they read counts."""
+    return calibration.spans if BACKENDS[backend].unsigned else {}
 
 
 def _content_key(exact: Path, manifest: Manifest, schedule: Schedule, with_layers: bool) -> str:

@@ -176,6 +176,12 @@ def test_the_log_of_int8_tells_of_int8_kernels(bundles: Bundles) -> None:
             int8 = [inputs for inputs in kernels if "Datatype: Int8" in inputs]
             wanted = 0 if name in kept else manifest.engines["decode"]["profiles"]
             assert len(int8) == wanted, name
+    for graph in ("detokenize", "tokenize"):
+        report, decision = manifest.engines[graph], manifest.calibration["quantization"][graph]
+        quantized = decision["layers"] - len(decision["kept"])
+        assert report["convolutions"] == decision["layers"] * report["profiles"]
+        assert report["integer_convolutions"] == quantized * report["profiles"] > 0
+        assert bundles("fp16").manifest.engines[graph]["integer_convolutions"] == 0
     half = log_of(bundles("fp16"), "decode")
     assert "Datatype: Int8" not in half
 
@@ -265,9 +271,10 @@ def test_tensorrt_gets_signed_levels_alone(bundles: Bundles) -> None:
 def test_onnxruntime_gets_unsigned_activations(int8_for_onnxruntime: Bundle) -> None:
     bundle = int8_for_onnxruntime
     signed, unsigned = TensorProto.INT8, TensorProto.UINT8
-    for graph, operator in (("decode", "MatMul"), ("detokenize", "Conv"), ("tokenize", "Conv")):
-        # The activation is unsigned, the weight signed.
-        assert quantized_types(bundle, graph) == {operator: {signed, unsigned}}
+    # The activation is unsigned, the weight signed, and so is a convolution's bias.
+    assert quantized_types(bundle, "decode") == {"MatMul": {signed, unsigned}}
+    for graph in ("detokenize", "tokenize"):
+        assert quantized_types(bundle, graph)["Conv"] == {signed, unsigned, TensorProto.INT32}
     decided = bundle.manifest.calibration["quantization"]["decode"]
     assert decided["layers"] > len(decided["kept"])
 
@@ -336,7 +343,12 @@ def test_inspect_describes_the_engines(bundles: Bundles) -> None:
         assert line.startswith(f"profile {number}: rows {rows}, context_tokens ")
         assert line.endswith(f"tokens {least} to {most} (best {best})")
     detokenize = next(line for line in lines if line.startswith("engine     detokenize: "))
-    assert lines[lines.index(detokenize) + 1] == "indices [batch, 64], image [batch, 3, 32, 32]"
+    report, at = manifest.engines["detokenize"], lines.index(detokenize)
+    of_all = f"{report['integer_convolutions']} of {report['convolutions']}"
+    assert lines[at + 1 : at + 3] == [
+        f"{of_all} convolutions in INT8 kernels",
+        "indices [batch, 64], image [batch, 3, 32, 32]",
+    ]
     for graph in GRAPH_NAMES:
         mb = manifest.files[f"engines/{graph}.engine"].size / 1e6
         assert f"{mb:.2f} MB  engines/{graph}.engine" in lines

@@ -438,7 +438,7 @@ def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path
         value.const_value = ir.tensor(zeroed, name=value.name)
     export.write_models(changed, graphs)
     calibrator = Calibrator(graphs, scratch, bundle.manifest, bundle.schedule())
-    layers = calibrator.layers(calibrator.survey(False).ranges)["decode"]
+    layers = calibrator.layers(calibrator.survey(False).ranges)[0]["decode"]
     noisiest = max(layers, key=lambda node: layers[node].noise)
     assert noisiest == "blocks.2.fc1/MatMul"
     chooser = Chooser(graphs, scratch, bundle.manifest, bundle.schedule())
