@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lpd_export.bundle.manifest import Bundle, Made, Manifest
+from lpd_export.formats import PRECISIONS
 
 GRAPH_TITLES = {
     "decode": "decode",
@@ -68,11 +69,12 @@ def report_lines(bundle: Bundle, batch: int = 1) -> Iterator[str]:
 
 def quantized_line(manifest: Manifest) -> str:
     """How many layers of each graph are quantized, as was decided; empty if none can be."""
-    kind, dash, rest = manifest.precision.partition("-")
+    precision = PRECISIONS[manifest.precision]
     return "; ".join(
         f"{GRAPH_TITLES[graph]}: {decided['layers'] - len(decided['kept'])} of "
-        f"{decided['layers']} layers {kind.upper()}{dash and ' '}{rest}"
+        f"{decided['layers']} layers {quantization.title}"
         for graph, decided in manifest.calibration.get("quantization", {}).items()
+        if (quantization := precision.quantization if graph == "decode" else precision.tokenizer)
     )
 
 

@@ -282,13 +282,13 @@ def report_lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield from _wrapped(f"  {name:14} ", value)
     yield ""
     yield "What can be built and run here"
-    yield f"  {'':18}" + "".join(f"{precision:14}" for precision in PRECISIONS).rstrip()
-    yield f"  {'':18}" + ("build  run".ljust(14) * len(PRECISIONS)).rstrip()
-    for target in TARGETS:
-        cells = "".join(
-            f"{_yes(ability.build):7}{_yes(ability.run):7}" for ability in _of(diagnosis, target)
-        )
-        yield f"  {target.title:18}{cells.rstrip()}"
+    yield f"  {'':14}" + "".join(f"{target.title:19}" for target in TARGETS).rstrip()
+    yield f"  {'':14}" + ("build  run".ljust(19) * len(TARGETS)).rstrip()
+    for precision, row in zip(
+        PRECISIONS, zip(*(_of(diagnosis, target) for target in TARGETS), strict=True), strict=True
+    ):
+        cells = "".join(f"{_yes(ability.build):7}{_yes(ability.run):12}" for ability in row)
+        yield f"  {precision:14}{cells.rstrip()}"
     yield ""
     yield "Why not, and what to do"
     for target in TARGETS:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
 from lpd_export.graphs import export
+from lpd_export.graphs.contract import LOGITS
 from lpd_export.precision.convolutions import Span, best_span, convolution_values, samples_of
 from lpd_export.precision.equalization import balances, best_scale
 from lpd_export.precision.quantization import CLIPPING, Layer, quantizable_layers, simulate_layer
@@ -100,6 +101,8 @@ class Recorder:
         return self._executor.load(graph)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+        if graph not in self._names:
+            return self._executor.bind(graph, tensors)
         now = torch.zeros_like(self._values[graph], device=self.device)
         matrices = {
             name: torch.zeros(shape, device=self.device)
@@ -367,6 +370,19 @@ class Calibrator:
         }
         return layers, spans
 
+    def moments(self) -> dict[str, Tensor]:
+        """Second moments [in, in] of what each product of the decode graph reads, by its name."""
+
+        def instrument(graph: str, model: ir.Model) -> Instruments:
+            read = {layer.activation for layer in quantizable_layers(model)}
+            values = [v for node in list(model.graph) for v in node.outputs if v.name in read]
+            rows = {f"{v.name}/rows": some_rows(model.graph, v) for v in values}
+            logits = sum_of_squares(model.graph, model.graph.outputs[0])
+            return Instruments({LOGITS: logits}, rows)
+
+        kept = self._measure(instrument, torch.add, ("decode",)).kept()
+        return {name.removesuffix("/rows"): rows.T @ rows for name, rows in kept.items()}
+
     def _layers(self, graph: str) -> list[Layer]:
         return quantizable_layers(ir.load(self._graphs / f"{graph}.onnx"))
 
@@ -404,20 +420,24 @@ class Calibrator:
         self,
         instrument: Callable[[str, ir.Model], Instruments],
         combine: Callable[[Tensor, Tensor], Tensor],
+        graphs: Sequence[str] = GRAPH_NAMES,
     ) -> Recorder:
-        """Generates, decodes and encodes images with instrumented graphs."""
+        """Generates images with instrumented graphs; decodes and encodes them, if it is all."""
         models, names, matrices = {}, {}, {}
-        for graph in GRAPH_NAMES:
+        for graph in graphs:
             models[graph] = ir.load(self._graphs / f"{graph}.onnx")
             instruments = instrument(graph, models[graph])
             names[graph] = add_measurements(models[graph], instruments.scalars)
             matrices[graph] = add_outputs(models[graph], instruments.matrices)
         export.write_models(models, self._scratch)
-        files = {graph: self._scratch / f"{graph}.onnx" for graph in models}
+        files = {
+            graph: (self._scratch if graph in models else self._graphs) / f"{graph}.onnx"
+            for graph in GRAPH_NAMES
+        }
         recorder = Recorder(OnnxRuntimeExecutor(files), names, combine, matrices)
         pipeline = Pipeline(self._manifest, self._schedule, recorder)
         images = pipeline.generate(self._labels, seed=SEED, batch=BATCH)
-        for image in images:
+        for image in images if "detokenize" in models else ():
             pixels = pipeline.detokenize(image.token_ids[None])
             pipeline.tokenize(np.clip(pixels, -1, 1))
         for file in self._scratch.iterdir():

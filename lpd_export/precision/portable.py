@@ -42,7 +42,7 @@ def portable_graphs(
 ) -> tuple[dict[str, Path], str]:
     """As `portable_files`, of graphs that are no bundle yet: `files` by graph, as in `manifest`."""
     bf16 = manifest.float_type == BFLOAT16.torch
-    quantization = PRECISIONS[manifest.precision].quantization
+    quantization = PRECISIONS[manifest.precision].tokenizer
     signed = (
         quantization is not None
         and quantization.activations == "INT8"

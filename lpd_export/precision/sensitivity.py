@@ -223,11 +223,20 @@ class Chooser:
 
     def _try(self, graph: str, ranges: Mapping[str, float], share: float = 1) -> float:
         """The target's measure with these layers quantized, over a share of the images."""
-        model = ir.load(self._graphs / f"{graph}.onnx")
-        lower(model, self._float_type)
+        model = self.model(graph)
         if graph in self._spans:
             quantize_convolutions(model, ranges, self._spans[graph])
         quantize(model, ranges, unsigned=True)
+        return self.measure(graph, model, share)
+
+    def model(self, graph: str) -> ir.Model:
+        """A graph in the float type of the bundle, to be quantized on trial."""
+        model = ir.load(self._graphs / f"{graph}.onnx")
+        lower(model, self._float_type)
+        return model
+
+    def measure(self, graph: str, model: ir.Model, share: float = 1) -> float:
+        """The target's measure of a graph on trial, over a share of the images."""
         export.write_models({graph: model}, self._scratch)
         trial = self._pipeline(self._scratch, self._float_type)
         measure = {"decode": self._kl, "detokenize": self._psnr, "tokenize": self._agreement}

@@ -4,12 +4,13 @@ Each step of a small batch reads every weight once and does little with it, so t
 it costs. A weight becomes levels with a scale for each block of inputs and each output, and a
 DequantizeLinear before the product; TensorRT and ONNX Runtime fuse the two (MatMulNBits on the
 CPU, which rounds activations to 8 bits within a block). Which layers, and with how many bits, is
-decided elsewhere.
+decided by trying.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -18,15 +19,157 @@ import torch
 from torch import Tensor
 
 from lpd_export.errors import UserError
-from lpd_export.formats import Quantization
-from lpd_export.precision.quantization import quantizable_layers
+from lpd_export.formats import Precision, Quantization
+from lpd_export.precision.quantization import Layer, quantizable_layers
 from lpd_export.precision.rounding import Levels, round_weight
+from lpd_export.precision.sensitivity import Chooser, GraphDecision
+from lpd_export.progress import Report
 
+NOISIEST = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Shares of the layers that are kept, the noisiest first, in the order of trial."""
 STORED = {"INT8": np.dtype(np.int8), "INT4": np.dtype(ml_dtypes.int4)}
 
 
+def choose_weights(
+    chooser: Chooser,
+    precision: Precision,
+    rounder: WeightRounder,
+    kept_layers: Sequence[str] | None,
+    report: Report,
+) -> tuple[dict[str, Quantization], GraphDecision]:
+    """How the weight of each layer of the decode graph is stored, and the decision.
+
+    Args:
+        chooser: of the bundle in the making.
+        precision: of the bundle.
+        rounder: of the decode graph's weights.
+        kept_layers: decided elsewhere; None to try the layers in the order of their noise.
+        report: called with a line a trial.
+
+    Raises:
+        UserError: if half of the layers kept are not enough.
+    """
+    quantization = precision.quantization
+    assert quantization is not None
+    noise = layer_noise(chooser.model("decode"), quantization, rounder.moments)
+    noisiest = sorted(noise, key=noise.__getitem__, reverse=True)
+    counts = [math.ceil(share * len(noise)) for share in NOISIEST]
+    trials = [kept_layers] if kept_layers is not None else [noisiest[:count] for count in counts]
+    measure = "mean KL divergence of guided logits"
+    for kept in trials:
+        layers = {node: quantization for node in noise if node not in kept}
+        if quantization.kept:
+            layers |= dict.fromkeys(kept, quantization.kept)
+        model = chooser.model("decode")
+        quantize_weights(model, layers, rounder)
+        value = chooser.measure("decode", model)
+        count = len(noise) - len(kept)
+        report(
+            f"decode: {count} of {len(noise)} layers {quantization.title}, {measure} {value:.4g}"
+        )
+        if value <= precision.divergence or kept_layers is not None:
+            of_kept = {node: noise[node] for node in kept}
+            return layers, GraphDecision(len(noise), of_kept, measure, value, precision.divergence)
+    raise UserError(
+        f"{precision.name} changes this model too much: with half of its layers kept the {measure} "
+        f"is {value:.3g}, above {precision.divergence}; use --precision fp16"
+    )
+
+
+def layer_noise(
+    model: ir.Model, quantization: Quantization, moments: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Squared error over squared signal of each product's output, by its node."""
+    noise = {}
+    for layer in quantizable_layers(model):
+        value = model.graph.initializers[layer.weight].const_value
+        assert value is not None
+        weight = torch.from_numpy(value.numpy().astype(np.float32))
+        check_blocks(layer.node, len(weight), quantization)
+        levels, scales = round_weight(weight, levels_of(quantization, torch.float32))
+        error = levels * scales.repeat_interleave(quantization.block, dim=0) - weight
+        seen = moments[layer.activation]
+        signal = float((weight * (seen @ weight)).sum())
+        noise[layer.node] = float((error * (seen @ error)).sum()) / (signal or 1.0)
+    return noise
+
+
+def levels_of(quantization: Quantization, scale_type: torch.dtype) -> Levels:
+    """The levels that weights of a kind may take."""
+    highest = 2 ** (quantization.bits - 1) - 1
+    return Levels(-highest - 1, highest, quantization.block, scale_type)
+
+
+def check_blocks(layer: str, inputs: int, quantization: Quantization) -> None:
+    """Raises UserError unless the inputs of a layer are whole blocks."""
+    if inputs % quantization.block:
+        raise UserError(
+            f"{layer} has {inputs} inputs, which are not whole blocks of {quantization.block}: "
+            f"this model is too narrow for {quantization.title}; use --precision fp16 or int8"
+        )
+
+
+def halve_embedding(model: ir.Model) -> None:
+    """Stores the table that an FP32 decode graph gathers embeddings from in FP16, in place.
+
+    A row of it is read a token: the bytes count on the disk and in memory alone.
+    """
+    graph = model.graph
+    for node in list(graph):
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        if table is None or table.dtype != ir.DataType.FLOAT or not table.is_initializer():
+            continue
+        assert table.const_value is not None
+        content = table.const_value.numpy().astype(np.float16)
+        name, rows = str(table.name), node.outputs[0]
+        if len(table.uses()) > 1 or not np.isfinite(content).all():
+            continue
+        table.const_value = ir.Tensor(content, dtype=ir.DataType.FLOAT16, name=name)
+        table.dtype = ir.DataType.FLOAT16
+        back = ir.node("Cast", [rows], {"to": int(ir.DataType.FLOAT)}, name=f"{name}/Cast")
+        back.outputs[0].name, back.outputs[0].dtype = back.name, ir.DataType.FLOAT
+        back.outputs[0].shape, rows.dtype = rows.shape, ir.DataType.FLOAT16
+        ir.convenience.replace_all_uses_with(rows, back.outputs[0])
+        back.replace_input_with(0, rows)
+        graph.insert_after(node, back)
+
+
+class WeightRounder:
+    """Rounds the weights of a graph's layers, each once a kind, however often it is asked.
+
+    Args:
+        moments: [in, in] of what a product reads, by the value's name; where there is none,
+            weights are rounded to the nearest.
+    """
+
+    def __init__(self, moments: Mapping[str, Tensor]) -> None:
+        self.moments = moments
+        self._rounded: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def round(
+        self, layer: Layer, weight: ir.Value, quantization: Quantization
+    ) -> tuple[Tensor, Tensor]:
+        """Levels [in, out] int8 and scales [in / block, out] in the weight's float type.
+
+        Raises:
+            UserError: if a block does not divide the layer's inputs.
+        """
+        assert weight.const_value is not None
+        content = weight.const_value.numpy()
+        check_blocks(layer.node, len(content), quantization)
+        key = (layer.node, quantization, content.dtype)
+        if key not in self._rounded:
+            half = content.dtype == np.float16
+            self._rounded[key] = round_weight(
+                torch.from_numpy(content.astype(np.float32)),
+                levels_of(quantization, torch.float16 if half else torch.float32),
+                self.moments.get(layer.activation),
+            )
+        return self._rounded[key]
+
+
 def quantize_weights(
-    model: ir.Model, layers: Mapping[str, Quantization], moments: Mapping[str, Tensor]
+    model: ir.Model, layers: Mapping[str, Quantization], rounder: WeightRounder
 ) -> None:
     """Stores the weights of matrix products as levels, in place.
 
@@ -36,47 +179,32 @@ def quantize_weights(
     Args:
         model: a decode graph in any float type, which the DequantizeLinears give back.
         layers: how each weight is stored, by the product's node name.
-        moments: [in, in] of what a product reads, by the value's name; without, weights are
-            rounded to the nearest.
+        rounder: of this graph's weights.
 
     Raises:
         UserError: if a block does not divide a layer's inputs.
     """
-    graph = model.graph
-    nodes = {node.name: node for node in graph}
-    together: dict[tuple[str, Quantization], list[ir.Node]] = {}
+    together: dict[tuple[str, Quantization], list[Layer]] = {}
     for layer in quantizable_layers(model):
         if layer.node in layers:
-            key = (layer.activation, layers[layer.node])
-            together.setdefault(key, []).append(nodes[layer.node])
-    for (activation, quantization), products in together.items():
-        _quantize_products(graph, products, quantization, moments.get(activation))
+            together.setdefault((layer.activation, layers[layer.node]), []).append(layer)
+    for (_, quantization), group in together.items():
+        _quantize_products(model.graph, group, quantization, rounder)
 
 
 def _quantize_products(
-    graph: ir.Graph, products: list[ir.Node], quantization: Quantization, moments: Tensor | None
+    graph: ir.Graph, layers: list[Layer], quantization: Quantization, rounder: WeightRounder
 ) -> None:
-    first = products[0]
-    weights = [value for node in products if (value := node.inputs[1]) is not None]
-    contents = [value.const_value.numpy() for value in weights if value.const_value is not None]
+    nodes = {node.name: node for node in graph}
+    products = [nodes[layer.node] for layer in layers]
+    first, weights = products[0], [graph.initializers[layer.weight] for layer in layers]
     float_type, name = weights[0].dtype, str(first.name)
     assert float_type is not None
-    inputs = contents[0].shape[0]
-    if inputs % quantization.block:
-        raise UserError(
-            f"{name} has {inputs} inputs, which are not whole blocks of {quantization.block}: this "
-            "model is too narrow for weights of this kind; use --precision fp16 or int8"
-        )
-    levels, scales = round_weight(
-        torch.from_numpy(np.concatenate(contents, axis=1).astype(np.float32)),
-        Levels(
-            -(2 ** (quantization.bits - 1)),
-            2 ** (quantization.bits - 1) - 1,
-            quantization.block,
-            torch.float32 if float_type == ir.DataType.FLOAT else torch.float16,
-        ),
-        moments,
-    )
+    parts = [
+        rounder.round(layer, weight, quantization)
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+    levels, scales = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     stored = _constant(
         graph,
         f"{name}/weight/levels",
@@ -98,7 +226,7 @@ def _quantize_products(
     if len(products) == 1:
         first.replace_input_with(1, back.outputs[0])
     else:
-        _merge(graph, products, back.outputs[0], [content.shape[1] for content in contents])
+        _merge(graph, products, back.outputs[0], [part[0].shape[1] for part in parts])
     for value in weights:
         del graph.initializers[str(value.name)]
 

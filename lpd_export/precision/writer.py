@@ -23,7 +23,7 @@ from lpd_export import __version__
 from lpd_export.bundle.manifest import GRAPH_NAMES, CalibrationRecord, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256, write_atomically
-from lpd_export.formats import BACKENDS, FLOAT32, PRECISIONS
+from lpd_export.formats import BACKENDS, FLOAT32, PRECISIONS, Quantization
 from lpd_export.graphs import export
 from lpd_export.precision import calibration as calibration_module
 from lpd_export.precision import convolutions, equalization, quantization
@@ -39,6 +39,12 @@ from lpd_export.precision.convolutions import Spans, quantize_convolutions
 from lpd_export.precision.equalization import equalize_graphs, equalized_ranges, range_scales
 from lpd_export.precision.quantization import CLIPPING, LEVELS, quantize
 from lpd_export.precision.sensitivity import Chooser
+from lpd_export.precision.weight_only import (
+    WeightRounder,
+    choose_weights,
+    halve_embedding,
+    quantize_weights,
+)
 from lpd_export.progress import Report
 from lpd_export.runtime import generator, onnxruntime_executor, pipeline, randomness, sampler
 from lpd_export.schedule.schedule_file import Schedule
@@ -82,22 +88,34 @@ class PrecisionWriter:
             UserError: if the precision cannot hold the model.
         """
         precision, backend = PRECISIONS[self.manifest.precision], self.manifest.backend
-        float_type, quantizes = precision.float_type(backend), precision.quantization is not None
+        float_type, quantization = precision.float_type(backend), precision.quantization
+        weights_alone = quantization is not None and not quantization.activations
         self.scratch.mkdir()
         calibration = calibrate(
-            self.exact, self.scratch, self.manifest, self.schedule, quantizes, report
+            self.exact, self.scratch, self.manifest, self.schedule, quantization is not None, report
         )
         if float_type != FLOAT32:
             check_ranges(calibration.ranges, float_type)
         spans = spans_for(backend, calibration)
         quantized: dict[str, dict[str, float]] = {}
+        rounder = WeightRounder({})
+        weights: dict[str, Quantization] = {}
         decided: CalibrationRecord = {"largest_values": largest_values(calibration)}
-        if quantizes:
+        if quantization:
             check_kept_layers(self.kept_layers, calibration.layers)
             report(f"measuring which layers {precision.name} must leave out")
             chooser = Chooser(self.exact, self.scratch, self.manifest, self.schedule, spans)
             decided["quantization"] = {}
+            if weights_alone:
+                calibrator = Calibrator(self.exact, self.scratch, self.manifest, self.schedule)
+                rounder = WeightRounder(calibrator.moments())
+                weights, decision = choose_weights(
+                    chooser, precision, rounder, self.kept_layers.get("decode"), report
+                )
+                decided["quantization"]["decode"] = dataclasses.asdict(decision)  # type: ignore[assignment]
             for graph, layers in calibration.layers.items():
+                if graph == "decode" and weights_alone:
+                    continue
                 if graph in self.kept_layers:
                     chosen = chooser.keep(graph, layers, self.kept_layers[graph], report)
                 else:
@@ -113,6 +131,9 @@ class PrecisionWriter:
             if graph in spans:
                 quantize_convolutions(model, ranges, spans[graph])
             quantize(model, ranges, BACKENDS[backend].unsigned)
+        if weights:
+            quantize_weights(models["decode"], weights, rounder)
+            halve_embedding(models["decode"])
         out.mkdir()
         export.write_models(models, out)
         return decided

@@ -109,6 +109,10 @@ class OnnxRuntimeExecutor:
         options.intra_op_num_threads = self._threads or allowed_cores()
         # Every phase has shapes of its own: a remembered allocation pattern would only hold memory.
         options.enable_mem_pattern = False
+        # In an FP32 graph a product with few-bit weights is computed on 8-bit activations, which is
+        # what makes it fast; in an FP16 graph, as an engine has it, on the activations as they are.
+        level = "4" if self.float_type == torch.float32 else "0"
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
         options.log_severity_level = 4  # what it would log as errors, it raises too
         return options
 

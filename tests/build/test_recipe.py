@@ -9,6 +9,8 @@ from commandline import entries, mistake
 from lpd_export.build.request import BuildRequest, read_recipe
 from lpd_export.errors import UserError
 
+ANY_PRECISION = "fp32 or bf16 or fp16 or int8 or int8-weights or int4-weights"
+
 
 def write(folder: Path, text: str, name: str = "small.toml") -> Path:
     path = folder / name
@@ -75,7 +77,10 @@ def test_a_request_from_python() -> None:
         ({"res": "256"}, "--res must be a whole number from 1 to 2048, but it is '256'"),
         ({"cfg": 1e308}, "--cfg must be a number from 0 to 1000, but it is 1e+308"),
         ({"max_batch": True}, "--max-batch must be a whole number from 1 to 4096, but it is True"),
-        ({"precision": None}, "--precision must be fp32 or bf16 or fp16 or int8, but it is None"),
+        (
+            {"precision": None},
+            f"--precision must be {ANY_PRECISION}, but it is None",
+        ),
         ({"compute_capability": [8]}, "--compute-capability must be a list of texts in quotes"),
         ({"step": 20}, "there is no setting 'step'; there are model, res, steps"),
     ):
@@ -121,7 +126,11 @@ def test_every_bound_of_a_setting_holds() -> None:
         ("orders = 1000000000", 1, "orders must be a whole number from 1 to 10000, but it is 1000"),
         ("\nmax-batch = 0", 2, "max-batch must be a whole number from 1 to 4096, but it is 0"),
         ("compute-capability = '8.9'", 1, "compute-capability must be a list of texts in quotes"),
-        ("precision = 'fp8'", 1, "precision must be fp32 or bf16 or fp16 or int8, but it is 'fp8'"),
+        (
+            "precision = 'fp7'",
+            1,
+            f"precision must be {ANY_PRECISION}, but it is 'fp7'",
+        ),
         ("guidance = 'cosine'", 1, "guidance must be linear or constant"),
         ("backend = 'tvm'", 1, "backend must be onnxruntime or"),
         ("steps = 4\nforce = true", 2, "there is no setting 'force'"),

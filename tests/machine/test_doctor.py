@@ -68,8 +68,9 @@ def table(facts: Facts) -> dict[tuple[str, str], str]:
     rows: dict[tuple[str, str], list[list[str]]] = {}
     for ability in abilities(facts):
         builds, runs = rows.setdefault((ability.backend, ability.device), [[], []])
-        builds += [ability.precision] * ability.build.possible
-        runs += [ability.precision] * ability.run.possible
+        name = ability.precision.replace("-weights", "w")
+        builds += [name] * ability.build.possible
+        runs += [name] * ability.run.possible
     return {cell: f"{' '.join(builds)} | {' '.join(runs)}" for cell, (builds, runs) in rows.items()}
 
 
@@ -101,13 +102,19 @@ def diagnosis(facts: Facts) -> Diagnosis:
 # ------------------------------------------------------------------------------ the rules
 
 
-EVERYTHING = "fp32 bf16 fp16 int8 | fp32 bf16 fp16 int8"
+EVERYTHING = "fp32 bf16 fp16 int8 int8w int4w | fp32 bf16 fp16 int8 int8w int4w"
 
 
 def test_a_machine_with_everything() -> None:
     assert table(ADA) == {
-        ("onnxruntime", "cpu"): "fp32 fp16 int8 | fp32 fp16 int8",
-        ("onnxruntime", "cuda"): "fp32 fp16 int8 | fp32 fp16 int8",
+        (
+            "onnxruntime",
+            "cpu",
+        ): "fp32 fp16 int8 int8w int4w | fp32 fp16 int8 int8w int4w",
+        (
+            "onnxruntime",
+            "cuda",
+        ): "fp32 fp16 int8 int8w int4w | fp32 fp16 int8 int8w int4w",
         ("tensorrt", "cuda"): EVERYTHING,
         ("tensorrt-rtx", "cuda"): EVERYTHING,
     }
@@ -115,10 +122,13 @@ def test_a_machine_with_everything() -> None:
 
 def test_without_a_gpu_engines_for_rtx_are_still_built() -> None:
     assert table(NO_GPU) == {
-        ("onnxruntime", "cpu"): "fp32 fp16 int8 | fp32 fp16 int8",
-        ("onnxruntime", "cuda"): "fp32 fp16 int8 | ",
+        (
+            "onnxruntime",
+            "cpu",
+        ): "fp32 fp16 int8 int8w int4w | fp32 fp16 int8 int8w int4w",
+        ("onnxruntime", "cuda"): "fp32 fp16 int8 int8w int4w | ",
         ("tensorrt", "cuda"): " | ",
-        ("tensorrt-rtx", "cuda"): "fp32 bf16 fp16 int8 | ",
+        ("tensorrt-rtx", "cuda"): "fp32 bf16 fp16 int8 int8w int4w | ",
     }
     for target in TARGETS[1:]:
         # The cause alone, not what follows from it.
@@ -211,12 +221,17 @@ def test_onnxruntime_without_cuda() -> None:
 @pytest.mark.parametrize(
     ("name", "capability", "tensorrt", "rtx"),
     [
-        ("Tesla V100", "7.0", " | ", "fp32 bf16 fp16 int8 | "),
-        ("Tesla T4", "7.5", "fp32 fp16 int8 | fp32 fp16 int8", "fp32 bf16 fp16 int8 | fp32 fp16"),
+        ("Tesla V100", "7.0", " | ", "fp32 bf16 fp16 int8 int8w int4w | "),
+        (
+            "Tesla T4",
+            "7.5",
+            "fp32 fp16 int8 int8w int4w | fp32 fp16 int8 int8w int4w",
+            "fp32 bf16 fp16 int8 int8w int4w | fp32 fp16 int8w int4w",
+        ),
         ("NVIDIA A100", "8.0", EVERYTHING, EVERYTHING),
         # A capability of two digits is not less than one of one digit.
         ("NVIDIA RTX 5090", "12.0", EVERYTHING, EVERYTHING),
-        ("NVIDIA H100", "9.0", EVERYTHING, "fp32 bf16 fp16 int8 | "),
+        ("NVIDIA H100", "9.0", EVERYTHING, "fp32 bf16 fp16 int8 int8w int4w | "),
     ],
 )
 def test_compute_capabilities(name: str, capability: str, tensorrt: str, rtx: str) -> None:
@@ -281,7 +296,10 @@ def test_what_is_here(here: Diagnosis) -> None:
     assert here.memory_free is not None
     assert 0 < here.memory_free < here.memory_total
     assert here.disk_free
-    assert table(here.facts)["onnxruntime", "cpu"] == "fp32 fp16 int8 | fp32 fp16 int8"
+    assert (
+        table(here.facts)["onnxruntime", "cpu"]
+        == "fp32 fp16 int8 int8w int4w | fp32 fp16 int8 int8w int4w"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -300,7 +318,7 @@ def test_what_is_not_here(here: Diagnosis) -> None:
 def test_as_json(here: Diagnosis) -> None:
     for found in (here, diagnosis(ADA)):
         values = json.loads(json.dumps(dataclasses.asdict(found), allow_nan=False))
-        assert len(values["abilities"]) == 16
+        assert len(values["abilities"]) == len(TARGETS) * len(PRECISIONS)
         assert values["facts"]["packages"]["onnxruntime"]["version"]
 
 
@@ -316,7 +334,7 @@ def test_text_of_any_machine(facts: Facts) -> None:
     assert max(map(len, lines)) < 100
     text = "\n".join(lines)
     assert "None" not in text
-    assert len([line for line in lines if line.endswith((" yes", " no"))]) == len(TARGETS)
+    assert len([line for line in lines if line.endswith((" yes", " no"))]) == len(PRECISIONS)
 
 
 def test_text_of_this_machine(here: Diagnosis) -> None:
@@ -329,13 +347,11 @@ def test_text_of_this_machine(here: Diagnosis) -> None:
 def test_text_of_a_machine_without_a_gpu() -> None:
     lines = list(report_lines(diagnosis(with_packages(NO_GPU, tensorrt=Package()))))
     table_at = lines.index("What can be built and run here")
-    assert lines[table_at + 1 : table_at + 7] == [
-        "                    fp32          bf16          fp16          int8",
-        "                    build  run    build  run    build  run    build  run",
-        "  onnxruntime, CPU  yes    yes    no     no     yes    yes    yes    yes",
-        "  onnxruntime, CUDA yes    no     no     no     yes    no     yes    no",
-        "  tensorrt          no     no     no     no     no     no     no     no",
-        "  tensorrt-rtx      yes    no     yes    no     yes    no     yes    no",
+    assert lines[table_at + 1 : table_at + 5] == [
+        "                onnxruntime, CPU   onnxruntime, CUDA  tensorrt           tensorrt-rtx",
+        "                build  run         build  run         build  run         build  run",
+        "  fp32          yes    yes         yes    no          no     no          yes    no",
+        "  bf16          no     no          no     no          no     no          yes    no",
     ]
     why = lines[lines.index("Why not, and what to do") :]
     at = why.index("  tensorrt")
@@ -343,9 +359,8 @@ def test_text_of_a_machine_without_a_gpu() -> None:
         "    to build and run: tensorrt is not installed: pip install tensorrt",
         "    to build and run: no NVIDIA GPU was found: use a machine that has one",
     ]
-    assert (
-        "    fp32, fp16, int8, to run: no NVIDIA GPU was found: use a machine that has one" in why
-    )
+    takers = "fp32, fp16, int8, int8-weights, int4-weights"
+    assert f"    {takers}, to run: no NVIDIA GPU was found: use a machine" in why
     assert "  GPU            no NVIDIA GPU found" in lines
 
 

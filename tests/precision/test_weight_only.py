@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,18 @@ import onnxruntime
 import pytest
 
 import golden
+from commandline import answer
+from lpd_export.bundle import inspection
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.formats import Quantization
 from lpd_export.graphs import export
 from lpd_export.precision.quantization import quantizable_layers
-from lpd_export.precision.weight_only import quantize_weights
-
-pytestmark = pytest.mark.model
+from lpd_export.precision.weight_only import WeightRounder, quantize_weights
 
 KINDS = {
-    "int4": Quantization("INT4", "", bits=4, roundoff=1 / 14, block=32),
-    "int8": Quantization("INT8", "", bits=8, roundoff=1 / 254, block=64),
+    "int4": Quantization("", "INT4", "", bits=4, roundoff=1 / 14, block=32),
+    "int8": Quantization("", "INT8", "", bits=8, roundoff=1 / 254, block=64),
 }
 
 
@@ -55,12 +57,13 @@ def dequantized(model: ir.Model) -> dict[str, np.ndarray]:
     return weights
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cpu_runs_every_product_on_its_levels(kind: str, exact: Path, tmp_path: Path) -> None:
     """As integers (MatMulNBits), with the numbers of a graph whose weights are those levels'."""
     model = ir.load(exact)
     layers = quantizable_layers(model)
-    quantize_weights(model, {layer.node: KINDS[kind] for layer in layers}, {})
+    quantize_weights(model, {layer.node: KINDS[kind] for layer in layers}, WeightRounder({}))
     export.write_models({"decode": model}, tmp_path)
     export.check_model(tmp_path / "decode.onnx")
 
@@ -97,13 +100,14 @@ def test_the_cpu_runs_every_product_on_its_levels(kind: str, exact: Path, tmp_pa
     assert operators.count("MatMulNBits") == len({layer.activation for layer in layers})
 
 
+@pytest.mark.model
 def test_a_product_of_another_kind_stays_apart(exact: Path) -> None:
     model = ir.load(exact)
     layers = [layer.node for layer in quantizable_layers(model)]
     kinds = {
         node: KINDS["int8" if "key" in node else "int4"] for node in layers if node != layers[-1]
     }
-    quantize_weights(model, kinds, {})
+    quantize_weights(model, kinds, WeightRounder({}))
     products = [node for node in model.graph if node.op_type == "MatMul"]
     blocks = sum("key" in node for node in layers)
     assert len(products) == len(layers) - blocks
@@ -113,9 +117,43 @@ def test_a_product_of_another_kind_stays_apart(exact: Path) -> None:
     assert stored.count(ir.DataType.INT4) == len(products) - blocks - 1
 
 
+@pytest.mark.model
 def test_blocks_that_do_not_divide_a_layer_are_told(exact: Path) -> None:
     model = ir.load(exact)
     layer = quantizable_layers(model)[0]
-    wide = Quantization("INT4", "", bits=4, roundoff=1 / 14, block=96)
+    wide = Quantization("", "INT4", "", bits=4, roundoff=1 / 14, block=96)
     with pytest.raises(UserError, match="not whole blocks of 96: this model is too narrow"):
-        quantize_weights(model, {layer.node: wide}, {})
+        quantize_weights(model, {layer.node: wide}, WeightRounder({}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8-weights", "int4-weights"])
+def test_a_bundle_is_built_run_and_verified(
+    precision: str, lifelike_bundle: Callable[..., Path], lifelike_weights: Path, tmp_path: Path
+) -> None:
+    """Every product but the one left out runs on levels, and every threshold holds."""
+    kept = str(lifelike_weights / "kept_but_tokenize.json")
+    folder = lifelike_bundle(precision, keep_layers=kept)
+    bundle = Bundle.open(folder)
+    decided = bundle.manifest.calibration["quantization"]["decode"]
+    assert list(decided["kept"]) == ["head/MatMul"]
+    share = f"decode: {decided['layers'] - 1} of {decided['layers']} layers"
+    line = inspection.quantized_line(bundle.manifest)
+    assert line.startswith(f"{share} {precision[:4].upper()} weights")
+    embedding = ir.load(folder / "onnx/decode.onnx").graph.initializers["embedding"]
+    assert embedding.dtype == ir.DataType.FLOAT16
+    answer("verify", folder, "--images", 1, "--out", tmp_path / "report")
+
+
+@pytest.mark.engine
+def test_engines_take_blocks_of_four_bits(
+    lifelike_bundle: Callable[..., Path], lifelike_weights: Path, tmp_path: Path
+) -> None:
+    """Attention stays fused, and the same graphs verify on the CPU with float activations."""
+    pytest.importorskip("tensorrt_rtx")
+    kept = str(lifelike_weights / "kept_but_tokenize.json")
+    folder = lifelike_bundle("int4-weights", "tensorrt-rtx", keep_layers=kept)
+    engine = Bundle.open(folder).manifest.engines["decode"]
+    assert engine["decomposable_attentions"] == 0
+    assert engine["cache_updates"] == 2 * engine["attentions"]
+    answer("verify", folder, "--onnx", "--images", 1, "--out", tmp_path / "report")
