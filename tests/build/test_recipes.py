@@ -15,8 +15,9 @@ import pytest
 from lpd_export.build import recipes
 from lpd_export.build.published import PUBLISHED, TOKENIZER, PublishedSettings
 from lpd_export.build.recipes import named_recipe, published_recipes
+from lpd_export.build.refusals import check_request
 from lpd_export.build.request import BuildRequest, read_recipe
-from lpd_export.build.settings import check_request, weight_sources
+from lpd_export.build.settings import weight_sources
 from lpd_export.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
