@@ -24,7 +24,7 @@ from lpd_export.build.request import read_recipe
 from lpd_export.build.settings import Source
 from lpd_export.bundle.inspection import GRAPH_TITLES
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
-from lpd_export.formats import FLOAT32
+from lpd_export.formats import FLOAT32, QUANTIZED
 from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.writer import read_kept_layers
 
@@ -198,7 +198,10 @@ def found(bundle: Path, limit: float, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def quantized_layers(bundle: Path, graph: str) -> dict[str, bool]:
-    """Whether each layer of a graph has Q/DQ pairs before both of its factors, by node."""
+    """Whether each layer of a graph has Q/DQ pairs before both of its factors, by node.
+
+    What a convolution that is left out reads may have been rounded by the one before.
+    """
     model = onnx.load(bundle / f"onnx/{graph}.onnx", load_external_data=False).graph
     producers = {output: node for node in model.node for output in node.output}
     weights = {tensor.name for tensor in model.initializer}
@@ -209,7 +212,6 @@ def quantized_layers(bundle: Path, graph: str) -> dict[str, bool]:
         before = [producers[name].op_type for name in node.input[:2] if name in producers]
         quantized = before == ["DequantizeLinear"] * 2
         if quantized or node.input[1] in weights:
-            assert quantized or "DequantizeLinear" not in before, node.name
             layers[node.name] = quantized
     return layers
 
@@ -415,8 +417,8 @@ def test_only_int8_keeps_layers(int8_build: list[object], tmp_path: Path, precis
     file.write_text("{}")
     command = [*int8_build[:-1], precision, "--keep-layers", file, "--out", tmp_path / "out"]
     assert mistake(*command) == (
-        "--keep-layers says which layers are not quantized: it needs --precision int8, not "
-        f"{precision}"
+        "--keep-layers says which layers are not quantized: it needs --precision "
+        f"{' or '.join(QUANTIZED)}, not {precision}"
     )
     assert entries(tmp_path) == ["layers.json"]
 
