@@ -10,7 +10,6 @@ import functools
 import os
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from lpd_export.errors import UserError
@@ -62,7 +61,7 @@ def checked(what: str, value: object, kind: Any) -> Any:
         UserError: `what` must be this, but it is that.
     """
     try:
-        plain = value.item() if isinstance(value, np.generic) else value
+        plain = value.item() if hasattr(value, "item") else value  # a number of NumPy
         return _adapter(kind).validate_python(plain)
     except ValidationError as error:
         wanted = in_words(_adapter(kind).json_schema())

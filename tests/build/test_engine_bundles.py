@@ -52,7 +52,7 @@ Bundles = Callable[[str], Bundle]
 def weights(lifelike_weights: Path) -> list[object]:
     """Options of a model of two heads, as TensorRT-RTX has no fused attention for a single one."""
     checkpoint, tokenizer = lifelike_weights / "lpd.pth", lifelike_weights / "vq.pt"
-    return ["--checkpoint", checkpoint, "--tokenizer", tokenizer, "--steps", 4]
+    return ["--checkpoint", checkpoint, "--tokenizer", tokenizer, "--steps", 5]
 
 
 @pytest.fixture
