@@ -21,7 +21,7 @@ from lpd_export.cli.exit_codes import EXIT_FAULT, EXIT_MISTAKE, EXIT_READER_GONE
 from lpd_export.schedule.schedule_file import Schedule
 
 COMMANDS = (["build"], ["run"], ["verify"], ["schedule", "make"], ["schedule", "check"])
-COMMANDS += (["schedule", "show"], ["inspect"], ["doctor"])
+COMMANDS += (["schedule", "show"], ["inspect"], ["doctor"], ["bench"], ["edit"])
 
 
 def printed(*arguments: object) -> Any:

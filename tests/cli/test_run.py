@@ -723,9 +723,9 @@ def test_a_record_that_was_altered_is_told(
 
 def test_a_request_from_python_is_checked_too(tmp_path: Path) -> None:
     for wrong, message in (
-        ({"seed": "1"}, "--seed must be a valid integer, but it is '1'"),
-        ({"count": 1.5}, "-n must be a valid integer, but it is 1.5"),
-        ({"classes": "heart"}, "--class must be a valid list, but it is 'heart'"),
+        ({"seed": "1"}, "--seed must be a whole number from 0 to 2^64 - 1, but it is '1'"),
+        ({"count": 1.5}, "-n must be a whole number from 1 to 2147483647, but it is 1.5"),
+        ({"classes": "heart"}, "--class must be a list of texts in quotes, but it is 'heart'"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             RunRequest(**{"bundle": tmp_path, "classes": ["0"], "out": tmp_path / "a", **wrong})
