@@ -575,7 +575,7 @@ def write_contact_sheet(out: Path, records: list[Record], count: int, edit: Edit
         SHEET_COLUMNS // count * count if count <= SHEET_COLUMNS and len(by_class) > 1 else None
     )
     if edit:
-        pictures, labels = [edit.original, edit.masked, *pictures], ["original", "mask", *labels]
+        pictures, labels = [edit.picture, edit.masked, *pictures], ["original", "mask", *labels]
         columns = min(len(pictures), SHEET_COLUMNS)
     save_png(np.asarray(contact_sheet(pictures, labels, columns)), out / SHEET)
     return out / SHEET

@@ -239,7 +239,7 @@ def draw_picture(pipeline: Pipeline, seed: int, temperature: float) -> Image.Ima
             batch=4,
             **what,  # type: ignore[arg-type]
         )
-        pictures = [edit.original, edit.masked, *(image.pixels for image in results)]
+        pictures = [edit.picture, edit.masked, *(image.pixels for image in results)]
         return pictures, ["original", "mask", *(image.class_name for image in results)]
 
     half, part = side // 2, side // 4 if pipeline.dimensions.cells < 64 else side // 8

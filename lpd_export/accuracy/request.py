@@ -15,7 +15,7 @@ from lpd_export.bounds import Positive, Seed, Threads, checked
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder
-from lpd_export.formats import PRECISIONS, QUANTIZED
+from lpd_export.formats import PRECISIONS, ROUNDING_ACTIVATIONS
 
 DEFAULT_IMAGES = 8
 REFERENCE = "reference"
@@ -77,10 +77,11 @@ class VerifyRequest:
                         f"--{option.replace('_', '-')} needs the reference: it does not go with "
                         "--against"
                     )
-        if self.bisect and not PRECISIONS[precision].quantization:
+        if self.bisect and not PRECISIONS[precision].rounds_activations:
             raise UserError(
-                f"--bisect finds the layers that quantization must leave out, and {bundle.path} is "
-                f"{precision}: build one with --precision {' or '.join(QUANTIZED)}"
+                "--bisect finds the layers whose activations must not be rounded, and "
+                f"{bundle.path} is {precision}: build one with --precision "
+                f"{' or '.join(ROUNDING_ACTIVATIONS)}"
             )
         check_report_folder(self.folder)
 

@@ -42,7 +42,7 @@ class EngineOptions:
         hardware_compatible: an engine for every GPU from Ampere on (tensorrt).
         compute_capability: the GPUs to compile for, as "8.9" (tensorrt-rtx). By default none is
             named: TensorRT-RTX then compiles for Ampere and later in one. Naming 8.6, 8.9 and 12.0
-            gives the same layers; 8.9 and 12.0 alone spare transposes of caches, but leave out
+            gives the same layers; 8.9 and 12.0 alone avoid transposes of caches, but leave out
             the GPUs of Ampere.
     """
 

@@ -55,7 +55,8 @@ def choose_weights(
     noisiest = sorted(noise, key=noise.__getitem__, reverse=True)
     counts = [math.ceil(share * len(noise)) for share in NOISIEST]
     trials = [kept_layers] if kept_layers is not None else [noisiest[:count] for count in counts]
-    measure = "mean KL divergence of guided logits"
+    target = chooser.targets["decode"]
+    tried: list[tuple[int, float]] = []
     for kept in trials:
         layers = {node: quantization for node in noise if node not in kept}
         if quantization.kept:
@@ -63,16 +64,18 @@ def choose_weights(
         model = chooser.model("decode")
         quantize_weights(model, layers, rounder)
         value = chooser.measure("decode", model)
-        count = len(noise) - len(kept)
-        report(
-            f"decode: {count} of {len(noise)} layers {quantization.title}, {measure} {value:.4g}"
-        )
-        if value <= precision.divergence or kept_layers is not None:
+        share = f"{len(noise) - len(kept)} of {len(noise)} layers {quantization.title}"
+        report(f"decode: {share}, {target.measure} {value:.4g}")
+        tried.append((len(kept), value))
+        if target.met(value) or kept_layers is not None:
             of_kept = {node: noise[node] for node in kept}
-            return layers, GraphDecision(len(noise), of_kept, measure, value, precision.divergence)
+            decision = GraphDecision(
+                len(noise), of_kept, target.measure, value, target.limit, tried
+            )
+            return layers, decision
     raise UserError(
-        f"{precision.name} changes this model too much: with half of its layers kept the {measure} "
-        f"is {value:.3g}, above {precision.divergence}; use --precision fp16"
+        f"{precision.name} changes this model too much: with half of its layers kept the "
+        f"{target.measure} is {value:.3g}, above {target.limit}; use --precision fp16"
     )
 
 

@@ -89,7 +89,7 @@ class PrecisionWriter:
         """
         precision, backend = PRECISIONS[self.manifest.precision], self.manifest.backend
         float_type, quantization = precision.float_type(backend), precision.quantization
-        weights_alone = quantization is not None and not quantization.activations
+        weights_alone = quantization is not None and not precision.rounds_activations
         self.scratch.mkdir()
         calibration = calibrate(
             self.exact, self.scratch, self.manifest, self.schedule, quantization is not None, report

@@ -36,8 +36,10 @@ Box = tuple[int, int, int, int]
 class Edit:
     """A picture, and which of its cells are made anew."""
 
+    picture: NDArray[np.uint8]
+    """[height, width, 3], as it was given, at the model's resolution."""
     original: NDArray[np.uint8]
-    """[height, width, 3], at the model's resolution."""
+    """As `picture`, or for outpainting in its new place, surrounded by its outermost pixels."""
     token_ids: NDArray[np.int64]
     """[S], raster order, of the whole picture."""
     kept: NDArray[np.bool_]
@@ -121,6 +123,7 @@ def prepare_edit(
     else:
         original = to_uint8(detokenize(token_ids[None]))[0]
         picture = Image.fromarray(original)
+    as_given = original
     if outpaint is not None:
         original, new = surround(original, outpaint, side // grid)
         token_ids = None
@@ -150,7 +153,7 @@ def prepare_edit(
         notes.append("nothing of the image is kept: the images are those of a run without it")
     if token_ids is None:
         (token_ids,) = tokenize([original])
-    return Edit(original, token_ids, kept, tuple(notes))
+    return Edit(as_given, original, token_ids, kept, tuple(notes))
 
 
 def read_token_ids(source: Source, dimensions: Dimensions) -> NDArray[np.int64] | None:

@@ -987,7 +987,7 @@ def test_random_weights_are_drawn_again(small_bundle: Path, tmp_path: Path) -> N
         ("--threshold kl=low", "--threshold kl=low: 'low' is not a finite number"),
         ("--save-phases phase_04", "there is no phase 'phase_04'; there are phase_00 to phase_03"),
         ("--save-phases phase_00,", "there is no phase ''"),
-        ("--bisect", "--bisect finds the layers that quantization must leave out, and"),
+        ("--bisect", "--bisect finds the layers whose activations must not be rounded, and"),
         ("--out taken", "taken exists and is not an earlier verification's: choose another --out"),
         ("--out mine", "mine holds notes.txt, which is no part of a report: move it away, or"),
         ("--out link", "link is a symbolic link: give --out the folder that it leads to"),

@@ -411,6 +411,7 @@ def test_int8_stays_close_and_meets_its_targets(
     decided = Bundle.open(emoji_int8_bundle).manifest.calibration["quantization"]
     for graph, target in TARGETS.items():
         assert target.met(decided[graph]["value"]), graph
+    assert decided["decode"]["value"] <= PRECISIONS["int8"].divergence
     assert not torch.equal(expected, actual), "nothing was quantized"
     size = (emoji_int8_bundle / "onnx/weights.data").stat().st_size
     assert size < 0.35 * (emoji_bundle / "onnx/weights.data").stat().st_size

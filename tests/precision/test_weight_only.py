@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 import golden
 from commandline import answer
 from lpd_export.bundle import inspection
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
-from lpd_export.formats import Quantization
+from lpd_export.formats import INT4_WEIGHTS, INT8_WEIGHTS, PRECISIONS, Quantization
 from lpd_export.graphs import export
 from lpd_export.precision.quantization import quantizable_layers
-from lpd_export.precision.weight_only import WeightRounder, quantize_weights
+from lpd_export.precision.sensitivity import Chooser, Target
+from lpd_export.precision.weight_only import (
+    WeightRounder,
+    choose_weights,
+    layer_noise,
+    quantize_weights,
+)
 
 KINDS = {
     "int4": Quantization("", "INT4", "", bits=4, roundoff=1 / 14, block=32),
@@ -124,6 +132,49 @@ def test_blocks_that_do_not_divide_a_layer_are_told(exact: Path) -> None:
     wide = Quantization("", "INT4", "", bits=4, roundoff=1 / 14, block=96)
     with pytest.raises(UserError, match="not whole blocks of 96: this model is too narrow"):
         quantize_weights(model, {layer.node: wide}, WeightRounder({}))
+
+
+class Trials:
+    """Of a graph that is close enough once few weights are left in 4 bits."""
+
+    def __init__(self, exact: Path, enough: int) -> None:
+        self.targets = {"decode": Target("distance", float(enough), at_most=True)}
+        self._exact = exact
+
+    def model(self, graph: str) -> ir.Model:
+        return ir.load(self._exact)
+
+    def measure(self, graph: str, model: ir.Model) -> float:
+        stored = [value.dtype for value in model.graph.initializers.values()]
+        return float(stored.count(ir.DataType.INT4))
+
+
+@pytest.mark.model
+def test_the_noisiest_layers_are_stored_in_more_bits_until_it_is_enough(exact: Path) -> None:
+    model = ir.load(exact)
+    layers = quantizable_layers(model)
+    moments = {
+        layer.activation: torch.eye(len(model.graph.initializers[layer.weight].const_value.numpy()))
+        for layer in layers
+    }
+    rounder, precision = WeightRounder(moments), PRECISIONS["int4-weights"]
+    lines: list[str] = []
+    chosen, decision = choose_weights(
+        cast(Chooser, Trials(exact, 8)), precision, rounder, None, lines.append
+    )
+    noise = layer_noise(ir.load(exact), INT4_WEIGHTS, moments)
+    assert decision.layers == len(layers) == len(chosen)
+    assert 0 < len(decision.kept) < len(layers)
+    assert min(noise[node] for node in decision.kept) >= max(
+        noise[node] for node in noise if node not in decision.kept
+    )
+    assert {node for node, kind in chosen.items() if kind == INT8_WEIGHTS} == set(decision.kept)
+    assert [value for _, value in decision.trials] == sorted(
+        (value for _, value in decision.trials), reverse=True
+    )
+    assert len(lines) == len(decision.trials)
+    with pytest.raises(UserError, match="int4-weights changes this model too much"):
+        choose_weights(cast(Chooser, Trials(exact, 0)), precision, rounder, None, lines.append)
 
 
 @pytest.mark.slow

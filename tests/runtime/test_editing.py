@@ -170,6 +170,9 @@ def test_outpainting_keeps_the_middle(pipeline: Pipeline) -> None:
     assert np.argwhere(edit.kept.reshape(4, 4)).tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
     assert (edit.original == RED).all()
     assert (edit.masked[:4] == BLANK).all()
+    halves = np.full((16, 16, 3), RED, np.uint8)
+    halves[:, 8:] = 0
+    np.testing.assert_array_equal(pipeline.prepare_edit(halves, outpaint=4).picture, halves)
     uneven = pipeline.prepare_edit(picture, outpaint=3)  # cells that are kept in part are new
     np.testing.assert_array_equal(uneven.kept, edit.kept)
 
