@@ -242,7 +242,7 @@ def draw_picture(pipeline: Pipeline, seed: int, temperature: float) -> Image.Ima
         pictures = [edit.picture, edit.masked, *(image.pixels for image in results)]
         return pictures, ["original", "mask", *(image.class_name for image in results)]
 
-    half, part = side // 2, side // 4 if pipeline.dimensions.cells < 64 else side // 8
+    half, part = side // 2, side // 4 if pipeline.manifest.model.cells < 64 else side // 8
     names = pipeline.manifest.class_names
     known = {name for own in names for name in ([own] if isinstance(own, str) else own)}
 

@@ -21,7 +21,6 @@ PIPELINE = {
     "choose_schedule",
     "close",
     "detokenize",
-    "dimensions",
     "edit",
     "executor",
     "forced_logits",

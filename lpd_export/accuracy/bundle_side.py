@@ -103,13 +103,13 @@ class BundleSide:
             yield from self._forced_logits(task, token_ids, slice(start, start + self.batch))
 
     def sequence_logits(self, task: Task, token_ids: NDArray[np.int64]) -> Tensor:
-        dimensions = self.pipeline.dimensions
+        model = self.pipeline.manifest.model
         return self._unless_it_fails(
             "whole sequences",
             lambda: torch.cat(
                 [self._forced_logits(task, token_ids, slice(i, i + 1)) for i in range(task.images)]
             ),
-            torch.full((task.images, dimensions.cells, dimensions.vocab_size), torch.nan),
+            torch.full((task.images, model.cells, model.vocab_size), torch.nan),
         )
 
     def _forced_logits(self, task: Task, token_ids: NDArray[np.int64], images: slice) -> Tensor:
@@ -123,13 +123,13 @@ class BundleSide:
 
     @torch.inference_mode()
     def decode(self, task: Task, phase: Phase, feed: Feed) -> Outputs:
-        executor, dimensions = self.pipeline.executor, self.pipeline.dimensions
+        executor, model = self.pipeline.executor, self.pipeline.manifest.model
         with executor.stream():
             # Copies, since the caches are updated in place.
             tensors = {name: self._to_device(values) for name, values in feed.items()}
-            shape = (task.rows, phase.queries, dimensions.vocab_size)
+            shape = (task.rows, phase.queries, model.vocab_size)
             logits = torch.zeros(shape, dtype=torch.float32, device=executor.device)
-            caches = cache_names("past", dimensions.depth)
+            caches = cache_names("past", model.depth)
             written = {"logits": logits} | {present_of(name): tensors[name] for name in caches}
 
             def launch() -> Callable[[], None]:
@@ -143,7 +143,7 @@ class BundleSide:
                     tensor.fill_(torch.nan)
             guided = logits
             if task.sampling.guided:
-                scale = task.sampling.scale(dimensions.cells)
+                scale = task.sampling.scale(model.cells)
                 cells = slice(phase.first_cell, phase.first_cell + phase.queries)
                 guided = guide(logits, scale[cells].to(executor.device))
             copied = OrderedDict(
@@ -154,7 +154,7 @@ class BundleSide:
             return copied
 
     def detokenize(self, feed: Feed) -> Outputs:
-        side = self.pipeline.dimensions.image_size
+        side = self.pipeline.manifest.resolution
         nothing = np.full((len(feed["indices"]), 3, side, side), np.nan, np.float32)
         run = self.pipeline.detokenize
         return OrderedDict(
@@ -162,7 +162,7 @@ class BundleSide:
         )
 
     def tokenize(self, feed: Feed) -> Outputs:
-        nothing = np.full((len(feed["image"]), self.pipeline.dimensions.cells), -1)
+        nothing = np.full((len(feed["image"]), self.pipeline.manifest.model.cells), -1)
         run = self.pipeline.tokenize
         return OrderedDict(
             indices=self._unless_it_fails("tokenize", lambda: run(feed["image"]), nothing)

@@ -15,11 +15,10 @@ from lpd_export.accuracy.reference_side import open_reference
 from lpd_export.accuracy.request import REFERENCE, VerifyRequest
 from lpd_export.accuracy.sides import Drawn, Side, Task
 from lpd_export.accuracy.thresholds import Limits
-from lpd_export.bundle.manifest import Bundle
+from lpd_export.bundle.manifest import Bundle, ModelDescription
 from lpd_export.errors import GraphError, NumericalError, UserError
 from lpd_export.precision.calibration import spread_labels
 from lpd_export.progress import Report
-from lpd_export.runtime.generator import Dimensions
 from lpd_export.runtime.randomness import image_randomness
 from lpd_export.runtime.sampler import Sampling
 
@@ -50,9 +49,9 @@ class Context:
         return self.expected, self.actual
 
     @property
-    def dimensions(self) -> Dimensions:
-        """Of the model, which both sides share."""
-        return self.actual.pipeline.dimensions
+    def model(self) -> ModelDescription:
+        """What both sides compute."""
+        return self.actual.pipeline.manifest.model
 
 
 def open_context(

@@ -44,7 +44,7 @@ def phase_runs(context: Context, image: int) -> Iterator[PhaseRun]:
 
 def decode_runs(context: Context, image: int) -> Iterator[PhaseRun]:
     """Prefill and every decode step for one image."""
-    task, dimensions = context.task, context.dimensions
+    task, model = context.task, context.model
     expected, actual = context.sides
     caches: Arrays = first_caches(context)
     for phase in task.phases:
@@ -52,7 +52,7 @@ def decode_runs(context: Context, image: int) -> Iterator[PhaseRun]:
         runners = [
             FunctionRunner(
                 side.name,
-                decode_inputs(phase, task.rows, dimensions, side.feed_type),
+                decode_inputs(phase, task.rows, model, side.feed_type),
                 partial(side.decode, task, phase),
             )
             for side in context.sides
@@ -67,7 +67,7 @@ def decode_runs(context: Context, image: int) -> Iterator[PhaseRun]:
 def detokenize_run(context: Context, image: int) -> PhaseRun:
     """One image's tokens, decoded."""
     feed = {"indices": context.drawn.token_ids[[image]]}
-    inputs = {"indices": (np.int64, (None, context.dimensions.cells))}
+    inputs = {"indices": (np.int64, (None, context.model.cells))}
     both = run_both(
         [FunctionRunner(side.name, inputs, side.detokenize) for side in context.sides], feed
     )
@@ -97,7 +97,7 @@ def decode_feed(
     context: Context, image: int, phase: Phase, caches: Arrays
 ) -> dict[str, NDArray[Any]]:
     """The inputs of one decode phase for one image, as the runtime would make them."""
-    task, dimensions = context.task, context.dimensions
+    task, model = context.task, context.model
     rows, order = task.rows, task.orders[image]
     positions = np.concatenate([[0], order + 1])
     written = positions[phase.write_index : phase.write_index + phase.tokens]
@@ -106,22 +106,22 @@ def decode_feed(
         content = np.tile(context.drawn.token_ids[image][last], (rows, 1))
     else:
         labels = [task.labels[image], None][:rows]
-        content = np.array([[dimensions.condition_id(label)] for label in labels])
+        content = np.array([[model.condition_id(label)] for label in labels])
     masked = float(torch.finfo(context.actual.pipeline.executor.float_type).min)
     inputs = {
         "token_ids": content,
         "positions": np.tile(written, (rows, 1)),
-        "attention_mask": attention_mask(phase, dimensions.cells, masked),
+        "attention_mask": attention_mask(phase, model.cells, masked),
         "write_index": np.full(rows, phase.write_index),
     }
-    return inputs | {name: caches[name] for name in cache_names("past", dimensions.depth)}
+    return inputs | {name: caches[name] for name in cache_names("past", model.depth)}
 
 
 def first_caches(context: Context) -> dict[str, NDArray[np.float32]]:
     """Caches as a runtime finds them: full of what was there before."""
     generator = np.random.default_rng(0)
-    shape = cache_shape(context.task.rows, context.dimensions)
+    shape = cache_shape(context.task.rows, context.model)
     return {
         name: generator.standard_normal(shape, np.float32)
-        for name in cache_names("past", context.dimensions.depth)
+        for name in cache_names("past", context.model.depth)
     }

@@ -64,7 +64,7 @@ def kept_phases(wanted: str | None, names: Sequence[str], phase_bytes: float) ->
 def phase_bytes(manifest: Manifest) -> float:
     """About what the files of one decode phase take: inputs and both outputs hold all caches."""
     model = manifest.model
-    rows = manifest.phase_rows * model.heads * (model.grid**2 + 1)
+    rows = manifest.phase_rows * model.heads * (model.cells + 1)
     return 3 * TEXT_SIZE * 4 * 2 * model.depth * rows * model.head_dim
 
 

@@ -23,9 +23,9 @@ from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 from torch import Tensor
 
+from lpd_export.bundle.manifest import ModelDescription
 from lpd_export.graphs.contract import cache_names
 from lpd_export.progress import Report
-from lpd_export.runtime.generator import Dimensions
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.phases import Phase, phase_table
 from lpd_export.schedule.schedule_file import Schedule
@@ -173,17 +173,17 @@ class FunctionRunner(BaseRunner):
         return outputs
 
 
-def cache_shape(rows: int, dimensions: Dimensions) -> tuple[int, int, int, int]:
+def cache_shape(rows: int, model: ModelDescription) -> tuple[int, int, int, int]:
     """[R, H, S + 1, d], of each cache."""
-    return rows, dimensions.heads, dimensions.cells + 1, dimensions.head_dim
+    return rows, model.heads, model.cells + 1, model.head_dim
 
 
-def decode_inputs(phase: Phase, rows: int, dimensions: Dimensions, float_type: Any) -> Inputs:
+def decode_inputs(phase: Phase, rows: int, model: ModelDescription, float_type: Any) -> Inputs:
     """The inputs of a decode graph in one phase."""
-    cache = (float_type, cache_shape(rows, dimensions))
+    cache = (float_type, cache_shape(rows, model))
     return {
         "token_ids": (np.int64, (rows, phase.context)),
         "positions": (np.int64, (rows, phase.tokens)),
-        "attention_mask": (float_type, (phase.tokens, dimensions.cells + 1)),
+        "attention_mask": (float_type, (phase.tokens, model.cells + 1)),
         "write_index": (np.int64, (rows,)),
-    } | dict.fromkeys(cache_names("past", dimensions.depth), cache)
+    } | dict.fromkeys(cache_names("past", model.depth), cache)

@@ -70,7 +70,10 @@ RECORD = ConfigDict(strict=True, extra="allow")
 
 @dataclass(frozen=True, config=STRICT)
 class ModelDescription:
-    """The transformer's architecture."""
+    """The transformer's architecture, for all that follows from it without its weights.
+
+    `build` makes it of the reference's configuration; bundles, buffers and reports read it alone.
+    """
 
     dim: Count
     depth: Annotated[int, Field(ge=1, le=1024)]
@@ -80,6 +83,15 @@ class ModelDescription:
     grid: Annotated[int, Field(ge=1, le=1024)]
     num_classes: Count
     vocab_size: Count
+
+    @property
+    def cells(self) -> int:
+        """S, the cells of the grid and so the tokens of an image."""
+        return self.grid * self.grid
+
+    def condition_id(self, label: int | None) -> int:
+        """The token id of a class, or of the null condition."""
+        return self.vocab_size + (self.num_classes if label is None else label)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -228,7 +240,7 @@ class Manifest:
             ),
             (
                 "the queries of the phases sum to the cells of the grid",
-                min(queries, default=0) >= 1 and sum(queries) == model.grid**2,
+                min(queries, default=0) >= 1 and sum(queries) == model.cells,
             ),
             ("the phases follow from their queries", self.phases == list(phase_table(queries))),
             (
@@ -277,7 +289,7 @@ class Manifest:
         """What caches and logits of a batch take at run time, guidance included."""
         model = self.model
         size = FLOAT_TYPES[self.float_type].size
-        caches = 2 * model.depth * model.heads * (model.grid**2 + 1) * model.head_dim * size
+        caches = 2 * model.depth * model.heads * (model.cells + 1) * model.head_dim * size
         logits = 4 * max(phase.queries for phase in self.phases) * model.vocab_size
         return 2 * batch * (caches + logits)
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from lpd_export.bounds import checked
+from lpd_export.bundle.manifest import Manifest, ModelDescription
 from lpd_export.errors import UserError
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.pictures import Fit, Picture, fit_mask, fit_picture, read_mask, read_picture
-from lpd_export.runtime.generator import Dimensions
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest, check_vocabulary
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.orders import edit_orders
@@ -101,7 +101,7 @@ class Edit:
 
 def prepare_edit(
     source: Source,
-    dimensions: Dimensions,
+    manifest: Manifest,
     tokenize: Callable[[Sequence[Picture]], NDArray[np.int64]],
     detokenize: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     mask: Picture | None = None,
@@ -115,8 +115,8 @@ def prepare_edit(
             "say what is to be made anew, by one of: a mask, white where the image is to change; a "
             "box of pixels; or outpaint, so many pixels around the image"
         )
-    side, grid, notes = dimensions.image_size, round(dimensions.cells**0.5), []
-    token_ids = read_token_ids(source, dimensions)
+    side, grid, notes = manifest.resolution, manifest.model.grid, []
+    token_ids = read_token_ids(source, manifest.model)
     if token_ids is None:
         picture = read_picture(source)  # type: ignore[arg-type]
         original = fit_picture(picture, side, fit)
@@ -156,7 +156,7 @@ def prepare_edit(
     return Edit(as_given, original, token_ids, kept, tuple(notes))
 
 
-def read_token_ids(source: Source, dimensions: Dimensions) -> NDArray[np.int64] | None:
+def read_token_ids(source: Source, model: ModelDescription) -> NDArray[np.int64] | None:
     """The token ids [S] of a source that holds such, or None.
 
     Raises:
@@ -175,12 +175,12 @@ def read_token_ids(source: Source, dimensions: Dimensions) -> NDArray[np.int64] 
         values = source
     else:
         return None
-    if values.dtype.kind not in "iu" or values.size != dimensions.cells:
+    if values.dtype.kind not in "iu" or values.size != model.cells:
         raise UserError(
-            f"token ids must be whole numbers, one for each of the model's {dimensions.cells} "
+            f"token ids must be whole numbers, one for each of the model's {model.cells} "
             f"cells, but they are {values.dtype} of shape {list(values.shape)}"
         )
-    check_vocabulary(values, dimensions.vocab_size)
+    check_vocabulary(values, model.vocab_size)
     return values.reshape(-1).astype(np.int64)
 
 

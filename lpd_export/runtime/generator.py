@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpd_export.bundle.manifest import ModelDescription
 from lpd_export.errors import NumericalError, UserError
 from lpd_export.graphs import contract
 from lpd_export.runtime.executor import Executor, Run
@@ -23,34 +24,22 @@ from lpd_export.runtime.sampler import Sampling, SamplingRows, guide, sample
 from lpd_export.schedule.phases import Phase, attention_mask
 
 
-class Dimensions(NamedTuple):
-    """The sizes of a model that its buffers follow from."""
+def conditions(
+    model: ModelDescription,
+    labels: Sequence[int | None],
+    samplings: Sequence[Sampling],
+    guided: bool,
+) -> Tensor:
+    """The condition ids [R, 1] int64 of images: one each, and if guided the null one.
 
-    depth: int
-    heads: int
-    head_dim: int
-    cells: int
-    vocab_size: int
-    num_classes: int
-    image_size: int
-
-    def condition_id(self, label: int | None) -> int:
-        """The token id of a class, or of the null condition."""
-        return self.vocab_size + (self.num_classes if label is None else label)
-
-    def conditions(
-        self, labels: Sequence[int | None], samplings: Sequence[Sampling], guided: bool
-    ) -> Tensor:
-        """The condition ids [R, 1] int64 of images: one each, and if guided the null one.
-
-        An image of cfg 1 among guided ones has its own condition twice: its guided logits are
-        then those of the condition, as they are alone.
-        """
-        ids = [self.condition_id(label) for label in labels]
-        if guided:
-            null = self.condition_id(None)
-            ids += [null if s.guided else own for s, own in zip(samplings, ids, strict=True)]
-        return torch.tensor(ids).unsqueeze(1)
+    An image of cfg 1 among guided ones has its own condition twice: its guided logits are
+    then those of the condition, as they are alone.
+    """
+    ids = [model.condition_id(label) for label in labels]
+    if guided:
+        null = model.condition_id(None)
+        ids += [null if s.guided else own for s, own in zip(samplings, ids, strict=True)]
+    return torch.tensor(ids).unsqueeze(1)
 
 
 class Step(NamedTuple):
@@ -68,7 +57,8 @@ class Generator:
 
     Args:
         executor: of the bundle's graphs.
-        dimensions: of its model.
+        model: whose graphs they are.
+        resolution: pixels of an image's side.
         phases: one a step (`schedule.phase_table`).
         mutual_visibility: whether the queries of a step see one another.
     """
@@ -76,13 +66,14 @@ class Generator:
     def __init__(
         self,
         executor: Executor,
-        dimensions: Dimensions,
+        model: ModelDescription,
+        resolution: int,
         phases: Sequence[Phase],
         mutual_visibility: bool = True,
     ) -> None:
         self._executor = executor
         self._mutual_visibility = mutual_visibility
-        self._dimensions = dimensions
+        self._model, self._resolution = model, resolution
         self._phases = phases
         self._batch: Batch | None = None
         # Not the batch's own: a recording holds the batch, and the two would outlive their use.
@@ -171,14 +162,14 @@ class Generator:
             self.free()  # before there are other caches
             self._batch = Batch(
                 self._executor,
-                self._dimensions,
+                self._model,
                 self._phases,
                 size,
                 guided,
                 self._mutual_visibility,
             )
             # Before anything runs: a graph bound later may move the memory that all work in.
-            self._batch.bind_detokenize()
+            self._batch.bind_detokenize(self._resolution)
         return self._batch
 
     @torch.inference_mode()
@@ -200,7 +191,7 @@ class Batch:
     def __init__(
         self,
         executor: Executor,
-        dimensions: Dimensions,
+        model: ModelDescription,
         phases: Sequence[Phase],
         size: int,
         guided: bool,
@@ -208,10 +199,10 @@ class Batch:
     ) -> None:
         self.size, self.guided = size, guided
         self._mutual_visibility = mutual_visibility
-        self._dimensions = dimensions
+        self._model = model
         self._executor = executor
         rows = 2 * size if guided else size
-        device, float_type, cells = executor.device, executor.float_type, dimensions.cells
+        device, float_type, cells = executor.device, executor.float_type, model.cells
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -224,28 +215,27 @@ class Batch:
         self.sampling = SamplingRows(
             *(
                 values.to(device)
-                for values in SamplingRows.of([Sampling()] * size, cells, dimensions.vocab_size)
+                for values in SamplingRows.of([Sampling()] * size, cells, model.vocab_size)
             )
         )
         self.given = integers(size, cells)  # in generation order, below 0 where a token is drawn
         self.token_ids = integers(size, cells)
         self.finite = torch.ones(len(phases), size, dtype=torch.bool, device=device)
-        cache_shape = (rows, dimensions.heads, cells + 1, dimensions.head_dim)
+        cache_shape = (rows, model.heads, cells + 1, model.head_dim)
         self._caches = {
             f"{kind}_{layer}": floats(*cache_shape)
             for kind in ("key", "value")
-            for layer in range(dimensions.depth)
+            for layer in range(model.depth)
         }
         # One buffer for all steps' logits: only the current step's are ever needed.
         most_queries = max(phase.queries for phase in phases)
         all_logits = torch.zeros(
-            rows * most_queries * dimensions.vocab_size, dtype=torch.float32, device=device
+            rows * most_queries * model.vocab_size, dtype=torch.float32, device=device
         )
         self.steps = [
             self._bind_step(phase, rows, self._caches, all_logits, integers) for phase in phases
         ]
-        side = dimensions.image_size
-        self.images = floats(size, 3, side, side)
+        self.images = floats(0)  # until the decoder is bound
         self._detokenize: list[Run] = []
         self.nbytes = all_logits.nbytes + sum(cache.nbytes for cache in self._caches.values())
         """Of caches and logits; what else there is is small."""
@@ -258,13 +248,13 @@ class Batch:
         all_logits: Tensor,
         integers: Callable[..., Tensor],
     ) -> Step:
-        shape = (rows, phase.queries, self._dimensions.vocab_size)
+        shape = (rows, phase.queries, self._model.vocab_size)
         logits = all_logits[: shape[0] * shape[1] * shape[2]].view(shape)
         token_ids = integers(rows, phase.context)
         positions = integers(rows, phase.tokens)
         masked = torch.finfo(self._executor.float_type).min
         mask = torch.from_numpy(
-            attention_mask(phase, self._dimensions.cells, masked, self._mutual_visibility)
+            attention_mask(phase, self._model.cells, masked, self._mutual_visibility)
         )
         tensors = {
             contract.TOKEN_IDS: token_ids,
@@ -283,8 +273,10 @@ class Batch:
         for cache in self._caches.values():
             cache.zero_()
 
-    def bind_detokenize(self) -> None:
+    def bind_detokenize(self, resolution: int) -> None:
         """Binds the decoder from `token_ids` to `images`; single steps do without."""
+        shape = (self.size, 3, resolution, resolution)
+        self.images = torch.zeros(shape, dtype=self._executor.float_type, device=self.orders.device)
         # A CPU gains nothing from decoding images together, and would hold all their activations.
         chunk = 1 if self._executor.device.type == "cpu" else self.size
         self._detokenize = [
@@ -303,15 +295,14 @@ class Batch:
         given: Tensor,
     ) -> None:
         """Copies the inputs of a generation into the buffers."""
-        dimensions = self._dimensions
+        model = self._model
         self.orders.copy_(orders)
         self.uniform.copy_(uniform)
         self.given.copy_(given.gather(1, orders))
-        rows = SamplingRows.of(samplings, dimensions.cells, dimensions.vocab_size)
+        rows = SamplingRows.of(samplings, model.cells, model.vocab_size)
         for buffer, values in zip(self.sampling, rows, strict=True):
             buffer.copy_(values)
-        conditions = dimensions.conditions(labels, samplings, self.guided)
-        self.steps[0].token_ids.copy_(conditions)
+        self.steps[0].token_ids.copy_(conditions(model, labels, samplings, self.guided))
 
     def launch(self, filtered: bool, on_step: Callable[[int], None]) -> None:
         """Generates `token_ids` and `images` from the loaded inputs."""

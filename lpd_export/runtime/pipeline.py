@@ -26,7 +26,7 @@ from lpd_export.runtime import teacher_forcing, tokenizer
 from lpd_export.runtime.backends import open_executor
 from lpd_export.runtime.editing import Box, Edit, Source, prepare_edit
 from lpd_export.runtime.executor import Executor
-from lpd_export.runtime.generator import Batch, Dimensions, Generator, Step
+from lpd_export.runtime.generator import Batch, Generator, Step
 from lpd_export.runtime.memory import check_memory
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
@@ -75,7 +75,6 @@ class Pipeline:
         self._mutual_visibility = mutual_visibility
         self._schedule = schedule
         self._executor = executor
-        self._dimensions = dimensions(manifest)
         self._generators: dict[bytes, Generator] = {}
         self._closed = False
 
@@ -254,7 +253,7 @@ class Pipeline:
             UserError: if nothing says what is new, all is kept, or something cannot be read.
         """
         return prepare_edit(
-            image, self._dimensions, self.tokenize, self.detokenize, mask, box, outpaint, fit
+            image, self.manifest, self.tokenize, self.detokenize, mask, box, outpaint, fit
         )
 
     def sampling(
@@ -294,7 +293,7 @@ class Pipeline:
         """
         self.check_batch(batch)
         for request in requests:
-            request.check(self._dimensions)
+            request.check(self.manifest.model)
         return self._stream(requests, batch, self.choose_schedule(schedule), progress)
 
     def check_batch(self, batch: int) -> None:
@@ -365,7 +364,11 @@ class Pipeline:
             self._generators.clear()  # one set of caches at a time
             phases = phase_table(schedule.group_sizes)
             self._generators[key] = Generator(
-                self._executor, self._dimensions, phases, self._mutual_visibility
+                self._executor,
+                self.manifest.model,
+                self.manifest.resolution,
+                phases,
+                self._mutual_visibility,
             )
         return self._generators[key]
 
@@ -377,7 +380,7 @@ class Pipeline:
         """
         phases = phase_table((schedule or self._schedule).group_sizes)
         return Batch(
-            self._executor, self._dimensions, phases, images, guided, self._mutual_visibility
+            self._executor, self.manifest.model, phases, images, guided, self._mutual_visibility
         ).steps
 
     def teacher_forced_logits(self, images: Sequence[GeneratedImage]) -> torch.Tensor:
@@ -427,7 +430,7 @@ class Pipeline:
         """
         return teacher_forcing.forced_logits(
             self._executor,
-            self._dimensions,
+            self.manifest.model,
             phase_table((schedule or self._schedule).group_sizes),
             token_ids,
             labels,
@@ -441,18 +444,13 @@ class Pipeline:
         """What runs the graphs."""
         return self._executor
 
-    @property
-    def dimensions(self) -> Dimensions:
-        """The model's sizes."""
-        return self._dimensions
-
     def detokenize(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Images [B, 3, height, width], in [-1, 1] up to overshoot, of token ids [B, S].
 
         Raises:
             UserError: if the ids are not of this model's grid and codebook.
         """
-        return tokenizer.detokenize(self._executor, self._dimensions, token_ids)
+        return tokenizer.detokenize(self._executor, self.manifest, token_ids)
 
     def trace(self, image: GeneratedImage) -> NDArray[np.uint8]:
         """An image of this bundle after each step of its generation: [K, height, width, 3] uint8.
@@ -481,21 +479,7 @@ class Pipeline:
             UserError: if arrays are not of this model's resolution; pictures are cropped to it.
         """
         if not isinstance(images, np.ndarray):
-            side = self._dimensions.image_size
+            side = self.manifest.resolution
             pixels = np.stack([fit_picture(read_picture(image), side, "crop") for image in images])
             images = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-        return tokenizer.tokenize(self._executor, self._dimensions, images)
-
-
-def dimensions(manifest: Manifest) -> Dimensions:
-    """The sizes that the runtime's buffers follow from."""
-    model = manifest.model
-    return Dimensions(
-        depth=model.depth,
-        heads=model.heads,
-        head_dim=model.head_dim,
-        cells=model.grid * model.grid,
-        vocab_size=model.vocab_size,
-        num_classes=model.num_classes,
-        image_size=manifest.resolution,
-    )
+        return tokenizer.tokenize(self._executor, self.manifest, images)

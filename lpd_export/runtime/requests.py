@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lpd_export.bounds import Seed, checked
+from lpd_export.bundle.manifest import ModelDescription
 from lpd_export.errors import UserError
-from lpd_export.runtime.generator import Dimensions
 from lpd_export.runtime.randomness import ImageRandomness, image_randomness
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.schedule_file import Schedule
@@ -58,9 +58,9 @@ class ImageRequest:
         if self.order is not None and (np.sort(self.order) != np.arange(len(self.order))).any():
             raise UserError("order must hold every cell once, from 0 on")
 
-    def check(self, dimensions: Dimensions) -> None:
-        """Raises UserError unless a model of these sizes can make the image."""
-        classes, cells = dimensions.num_classes, dimensions.cells
+    def check(self, model: ModelDescription) -> None:
+        """Raises UserError unless this model can make the image."""
+        classes, cells = model.num_classes, model.cells
         if self.label is not None and not 0 <= self.label < classes:
             raise UserError(f"the label must be from 0 to {classes - 1}, but it is {self.label}")
         for name in ("order", "given"):
@@ -68,7 +68,7 @@ class ImageRequest:
             if of is not None and len(of) != cells:
                 raise UserError(f"{name} must be of the model's {cells} cells, not of {len(of)}")
         if self.given is not None:
-            check_vocabulary(self.given[self.given != -1], dimensions.vocab_size)
+            check_vocabulary(self.given[self.given != -1], model.vocab_size)
 
     def chance(self, schedule: Schedule) -> ImageRandomness:
         """The image's random numbers, and which of the schedule's orders they choose."""

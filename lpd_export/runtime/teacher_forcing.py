@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lpd_export.bundle.manifest import ModelDescription
 from lpd_export.runtime.executor import Executor
-from lpd_export.runtime.generator import Batch, Dimensions
+from lpd_export.runtime.generator import Batch, conditions
 from lpd_export.runtime.sampler import Sampling, SamplingRows, guide
 from lpd_export.schedule.phases import Phase
 
@@ -20,7 +21,7 @@ from lpd_export.schedule.phases import Phase
 @torch.inference_mode()
 def forced_logits(
     executor: Executor,
-    dimensions: Dimensions,
+    model: ModelDescription,
     phases: Sequence[Phase],
     token_ids: NDArray[np.int64],
     labels: Sequence[int | None],
@@ -32,15 +33,15 @@ def forced_logits(
     guided = any(sampling.guided for sampling in samplings)
     drawn = torch.from_numpy(np.take_along_axis(token_ids, orders, axis=1))
     rows = 2 if guided else 1
-    conditions = dimensions.conditions(labels, samplings, guided)
-    context = torch.cat([conditions, drawn.repeat(rows, 1)], dim=1)
+    first_ids = conditions(model, labels, samplings, guided)
+    context = torch.cat([first_ids, drawn.repeat(rows, 1)], dim=1)
     cells = torch.from_numpy(orders).repeat(rows, 1)
-    positions = torch.cat([torch.zeros_like(conditions), cells + 1], dim=1)
-    scale = SamplingRows.of(samplings, dimensions.cells, dimensions.vocab_size).scale
+    positions = torch.cat([torch.zeros_like(first_ids), cells + 1], dim=1)
+    scale = SamplingRows.of(samplings, model.cells, model.vocab_size).scale
     scale = scale.to(executor.device)
     logits = []
     with executor.stream():
-        batch = Batch(executor, dimensions, phases, len(labels), guided, mutual_visibility)
+        batch = Batch(executor, model, phases, len(labels), guided, mutual_visibility)
         for step in batch.steps:
             first, last = step.phase.write_index, step.phase.write_index + step.phase.tokens
             step.token_ids.copy_(context[:, first : first + step.phase.context])

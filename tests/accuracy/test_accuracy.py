@@ -53,11 +53,10 @@ from lpd_export.accuracy.sides import FunctionRunner, Task, cache_shape, decode_
 from lpd_export.accuracy.thresholds import JUDGED, LIMITS, METRICS, REPORTED, Limits
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
-from lpd_export.bundle.manifest import MANIFEST, Bundle
+from lpd_export.bundle.manifest import MANIFEST, Bundle, ModelDescription
 from lpd_export.errors import UserError
 from lpd_export.formats import PRECISIONS, QUANTIZED
 from lpd_export.graphs.contract import cache_names
-from lpd_export.runtime.generator import Dimensions
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.phases import phase_table
 from lpd_export.schedule.schedule_file import Schedule
@@ -455,7 +454,7 @@ def run_phases(model: LPD, task: Task, token_ids: NDArray[np.int64], noise: floa
     reference = Reference(model, cast(VQTokenizer, None))
     config = model.config
     generator = np.random.default_rng(task.seed)
-    shape = cache_shape(task.rows, cast(Dimensions, config))
+    shape = cache_shape(task.rows, cast(ModelDescription, config))
     caches = {
         name: np.float32(noise) * generator.standard_normal(shape, np.float32)
         for name in cache_names("past", config.depth)
@@ -559,8 +558,8 @@ def test_polygraphy_checks_what_a_runner_is_fed(golden_model: LPD) -> None:
     token_ids = np.zeros(golden_model.config.cells, np.int64)
     reference = Reference(golden_model, cast(VQTokenizer, None))
     feed, outputs = run_phases(golden_model, task, token_ids)[2]
-    phase, dimensions = task.phases[2], cast(Dimensions, golden_model.config)
-    wanted = decode_inputs(phase, task.rows, dimensions, np.float32)
+    phase, described = task.phases[2], cast(ModelDescription, golden_model.config)
+    wanted = decode_inputs(phase, task.rows, described, np.float32)
     with FunctionRunner("reference", wanted, partial(reference.decode, task, phase)) as runner:
         given_back = runner.infer(feed)
         for name, output in outputs.items():

@@ -8,22 +8,15 @@ import numpy as np
 import onnxruntime
 
 from golden import step_inputs
+from lpd_export.accuracy.reference_side import architecture
 from lpd_export.bundle.manifest import Bundle
-from lpd_reference import LPD, LPDConfig
+from lpd_reference import LPD
 
 
 def test_each_phase_of_the_demo_runs_alone(demo_bundle: Path) -> None:
     manifest = Bundle.open(demo_bundle).manifest
     sizes = [phase.queries for phase in manifest.phases]
-    described = manifest.model
-    config = LPDConfig(
-        dim=described.dim,
-        depth=described.depth,
-        heads=described.heads,
-        grid=described.grid,
-        num_classes=described.num_classes,
-        vocab_size=described.vocab_size,
-    )
+    config, _ = architecture(manifest)
     model = LPD(config)  # for its shapes alone
 
     def run(name: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -19,10 +19,12 @@ from torch import Tensor
 import golden
 import lpd_reference
 from lpd_export import Pipeline, UserError
+from lpd_export.build.build import described
+from lpd_export.bundle.manifest import ModelDescription
 from lpd_export.graphs import contract, export
 from lpd_export.machine.facts import Memory
 from lpd_export.runtime.executor import Run
-from lpd_export.runtime.generator import Dimensions, Generator
+from lpd_export.runtime.generator import Generator
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Progress
 from lpd_export.runtime.randomness import image_randomness
@@ -46,16 +48,8 @@ def make_generator(folder: Path, model: LPD, tokenizer: VQTokenizer, sizes: list
     }
     export.write_models(models, folder)
     executor = OnnxRuntimeExecutor({name: folder / f"{name}.onnx" for name in models})
-    dimensions = Dimensions(
-        depth=config.depth,
-        heads=config.heads,
-        head_dim=config.head_dim,
-        cells=config.cells,
-        vocab_size=config.vocab_size,
-        num_classes=config.num_classes,
-        image_size=config.grid * tokenizer.config.stride,
-    )
-    return Generator(executor, dimensions, phase_table(sizes))
+    resolution = config.grid * tokenizer.config.stride
+    return Generator(executor, described(ModelDescription, config), resolution, phase_table(sizes))
 
 
 @pytest.fixture(scope="module")
