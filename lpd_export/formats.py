@@ -51,6 +51,10 @@ class Backend:
         product: its name in prose.
         module: the Python module that drives it.
         compiles: whether graphs become engines.
+        portable: whether engines are for GPUs that need not be there when they are compiled; each
+            then compiles its kernels when it loads one, and keeps them.
+        fewest_fused_heads: of an attention that is a fused kernel.
+        not_taken: settings of engines that it has not, and what to do instead.
         quantized_among: the float type of what is between quantized layers.
         unsigned: whether its integer kernels want activations from 0 to 255, not around 0.
         polygraphy: how `polygraphy run` is told to use it: variables, then the option.
@@ -63,6 +67,9 @@ class Backend:
     quantized_among: FloatType
     unsigned: bool
     polygraphy: tuple[str, str]
+    portable: bool = False
+    fewest_fused_heads: int = 1
+    not_taken: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 ONNXRUNTIME = Backend(
@@ -82,6 +89,11 @@ TENSORRT = Backend(
     quantized_among=FLOAT16,
     unsigned=False,
     polygraphy=("", "--trt"),
+    not_taken={
+        "compute_capability": "tensorrt compiles for the GPU that it runs on: leave out the "
+        "compute capability (hardware compatibility takes in all GPUs from Ampere on), or use "
+        "tensorrt-rtx",
+    },
 )
 TENSORRT_RTX = Backend(
     name="tensorrt-rtx",
@@ -91,6 +103,13 @@ TENSORRT_RTX = Backend(
     quantized_among=FLOAT16,
     unsigned=False,
     polygraphy=("POLYGRAPHY_USE_TENSORRT_RTX=1 ", "--trt"),
+    portable=True,
+    fewest_fused_heads=2,
+    not_taken={
+        "timing_cache": "tensorrt-rtx times no kernels when it builds: leave out the timing cache",
+        "hardware_compatible": "tensorrt-rtx engines run on every GPU from Ampere on as they are: "
+        "leave out hardware compatibility, or name the compute capabilities to compile for",
+    },
 )
 BACKENDS = {row.name: row for row in (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)}
 ENGINE_BACKENDS = tuple(name for name, row in BACKENDS.items() if row.compiles)

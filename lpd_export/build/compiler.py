@@ -21,7 +21,7 @@ from typing import Any
 
 from lpd_export.build.profiles import ShapeEnds
 from lpd_export.errors import UserError
-from lpd_export.formats import BACKENDS, TENSORRT, TENSORRT_RTX
+from lpd_export.formats import BACKENDS
 from lpd_export.graphs import contract
 
 NOT_COMPILED = 3
@@ -104,7 +104,7 @@ def main() -> None:
             os._exit(1)
 
     job: Compilation = pickle.load(sys.stdin.buffer)
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(job.options.backend == TENSORRT_RTX.name))
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(BACKENDS[job.options.backend].portable))
     from polygraphy.exception import PolygraphyException
 
     try:
@@ -162,7 +162,7 @@ def builder_config(
         settings["memory_pool_limits"] = workspace
     if options.hardware_compatible:
         settings["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.backend == TENSORRT.name:
+    if not BACKENDS[options.backend].portable:
         return CreateConfig(**settings)
     if options.compute_capability:
         pairs = [value.split(".") for value in options.compute_capability]

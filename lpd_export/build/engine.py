@@ -28,7 +28,7 @@ from lpd_export.build.memory import SHORTAGE_ADVICE, tells_of_shortage
 from lpd_export.build.profiles import Profile, input_shapes
 from lpd_export.errors import UserError
 from lpd_export.files import uninterrupted
-from lpd_export.formats import BACKENDS, TENSORRT_RTX
+from lpd_export.formats import BACKENDS, Backend
 from lpd_export.graphs import contract
 from lpd_export.precision.casting import WIDEST_FUSED_HEAD
 from lpd_export.progress import Progress
@@ -264,10 +264,10 @@ def _explain(log: str, options: EngineOptions, network: Network | None) -> str:
     """Why the library refused a graph, in words that help."""
     if network is not None and "not supported by a dedicated kernel" in log:
         fused = next(name for name in network.attentions if name not in network.decomposable)
+        why = _why_unfused(BACKENDS[options.backend], *network.attentions[fused])
         return (
-            f"it has no fused attention kernel for nodes like {fused}, "
-            f"{_why_unfused(options.backend, *network.attentions[fused])}; build in fp32, or with "
-            "--backend onnxruntime"
+            f"it has no fused attention kernel for nodes like {fused}, {why}; build in fp32, or "
+            "with --backend onnxruntime"
         )
     if "within workspace limit" in log:
         return f"a kernel needs more workspace than {options.workspace} MiB"
@@ -280,10 +280,11 @@ def _explain(log: str, options: EngineOptions, network: Network | None) -> str:
     return re.sub(noise, "", errors[-1]).rstrip(". ")
 
 
-def _why_unfused(backend: str, heads: int, width: int) -> str:
+def _why_unfused(backend: Backend, heads: int, width: int) -> str:
     """What keeps an attention from being fused, as far as it is known."""
-    if heads == 1 and backend == TENSORRT_RTX.name:
-        return "which have 1 head, where it takes 2 or more"
+    some = f"which have {heads} head{'s' * (heads != 1)}"
+    if heads < backend.fewest_fused_heads:
+        return f"{some}, where it takes {backend.fewest_fused_heads} or more"
     if width > WIDEST_FUSED_HEAD:
         return f"whose heads are {width} wide, where it takes {WIDEST_FUSED_HEAD} at most"
-    return f"which have {heads} head{'s' * (heads != 1)} of width {width}"
+    return f"{some} of width {width}"

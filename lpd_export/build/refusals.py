@@ -17,7 +17,6 @@ from lpd_export.formats import (
     ENGINE_BACKENDS,
     PRECISIONS,
     QUANTIZED,
-    TENSORRT,
     TENSORRT_RTX,
 )
 from lpd_export.machine.doctor import can_build
@@ -26,31 +25,18 @@ from lpd_export.schedule.schedule_file import Schedule
 
 DEFAULT_MODEL = "lpd-l"
 DEFAULT_RESOLUTION = 256
-NOT_TAKEN = {
-    (TENSORRT.name, "compute_capability"): (
-        "tensorrt compiles for the GPU that it runs on: leave out the compute capability "
-        "(hardware compatibility takes in all GPUs from Ampere on), or use tensorrt-rtx"
-    ),
-    (TENSORRT_RTX.name, "timing_cache"): (
-        "tensorrt-rtx times no kernels when it builds: leave out the timing cache"
-    ),
-    (TENSORRT_RTX.name, "hardware_compatible"): (
-        "tensorrt-rtx engines run on every GPU from Ampere on as they are: leave out hardware "
-        "compatibility, or name the compute capabilities to compile for"
-    ),
-}
-"""Engine settings that a backend has not, and what to do instead."""
 
 
 def check_request(request: BuildRequest) -> None:
     """Raises UserError for what contradicts itself or cannot be built by this version, here."""
+    backend = BACKENDS[request.backend]
     for name in ENGINE_FIELDS:
-        if getattr(request, name) and not BACKENDS[request.backend].compiles:
+        if getattr(request, name) and not backend.compiles:
             raise UserError(
                 f"{option(name)} is for engines: it needs --backend {' or '.join(ENGINE_BACKENDS)}"
             )
-        if getattr(request, name) and (request.backend, name) in NOT_TAKEN:
-            raise UserError(NOT_TAKEN[request.backend, name])
+        if getattr(request, name) and name in backend.not_taken:
+            raise UserError(backend.not_taken[name])
     if request.keep_layers and not PRECISIONS[request.precision].quantization:
         raise UserError(
             "--keep-layers says which layers are not quantized: it needs --precision "

@@ -12,7 +12,7 @@ import torch
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
-from lpd_export.formats import BACKENDS, TENSORRT_RTX
+from lpd_export.formats import BACKENDS
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 
@@ -49,5 +49,5 @@ def open_executor(
         float_type,
         manifest.backend,
         device or "cuda",
-        cache if manifest.backend == TENSORRT_RTX.name else None,
+        cache if BACKENDS[manifest.backend].portable else None,
     )
