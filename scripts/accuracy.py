@@ -1,7 +1,7 @@
 """Verifies bundles of every precision, and prints the table of docs/verification.md.
 
     python scripts/accuracy.py                  # the demo model, 64 images
-    python scripts/accuracy.py --model lpd-l    # lpd-l at 256 px with random weights, 2 images
+    python scripts/accuracy.py --model grown    # the demo at lpd-l's width and depth, 8 images
 
 Bundles are built below --folder if they are not there, and kept. Graphs are run by ONNX Runtime
 on the CPU: those of the BF16 bundle, which is one for TensorRT-RTX, with every value rounded to
@@ -29,12 +29,15 @@ from lpd_export.bundle.manifest import Bundle
 from lpd_export.formats import BACKENDS, CPU, ONNXRUNTIME, PRECISIONS, TENSORRT_RTX
 from lpd_export.runtime.backends import WEIGHTS
 
+ROOT = Path(__file__).parents[1]
+GROWN = "engines/accuracy/grown.safetensors"
+"""The demo model at lpd-l's width and depth (`grow_demo.py`), written if it is not there."""
 COMMAND = Path(sys.executable).with_name("lpd-export")
 MODELS = {
     "demo": ["engines/demo.toml"],
-    "lpd-l": ["--model", "lpd-l", "--res", "256", "--random-weights"],
+    "grown": ["engines/demo.toml", "--checkpoint", GROWN],
 }
-DEFAULT_IMAGES = {"demo": 64, "lpd-l": 2}
+DEFAULT_IMAGES = {"demo": 64, "grown": 8}
 BACKEND_OF = {
     name: TENSORRT_RTX.name if precision.support[CPU].refused else ONNXRUNTIME.name
     for name, precision in PRECISIONS.items()
@@ -55,6 +58,8 @@ COLUMNS = (
 def build(model: str, precision: str, folder: Path) -> Path:
     """The bundle of a model in a precision, built if it is not there."""
     bundle = folder / f"{model}-{precision}"
+    if model == "grown" and not Path(GROWN).exists():
+        subprocess.run([sys.executable, ROOT / "scripts/grow_demo.py", GROWN], check=True)
     if not bundle.exists():
         options = ["--precision", precision, "--backend", BACKEND_OF[precision], "--out", bundle]
         built = subprocess.run([COMMAND, "build", *MODELS[model], *options], stdout=sys.stderr)

@@ -168,8 +168,8 @@ class Pipeline:
             meant = OTHER_NAMES.get(name)
             hint = f"here it is called {meant}" if meant else "see help(Pipeline.generate)"
             raise UserError(f"generate takes no {name!r}: {hint}")
-        if isinstance(classes, str):
-            raise UserError(f"classes must be a list, but it is one name: give [{classes!r}]")
+        if isinstance(classes, str | int | None):
+            raise UserError(f"classes must be a list, but it is one class: give [{classes!r}]")
         labels = resolve_classes(
             classes, self.manifest.class_names, self.manifest.model.num_classes
         )
