@@ -87,10 +87,10 @@ def sampling_kernels(bundle: Bundle) -> int:
     """Of an image drawn by the runtime: what it does between the graphs, and the pixels."""
     request = VerifyRequest(bundle.path, onnx=True)
     with tempfile.TemporaryDirectory() as scratch:
-        pipeline = open_bundle(bundle, request, Path(scratch) / "graphs", lambda line: None).pipeline
-        pipeline.generate([0])
+        side = open_bundle(bundle, request, Path(scratch) / "graphs", lambda line: None)
+        side.pipeline.generate([0])
         with Kernels() as kernels:
-            pipeline.generate([0])
+            side.pipeline.generate([0])
     return kernels.count
 
 
@@ -100,7 +100,7 @@ def reference_kernels(bundle: Bundle) -> int:
     manifest, schedule = bundle.manifest, bundle.schedule()
     config, vq_config = architecture(manifest)
     lpd, tokenizer = LPD(config).initialize(0).eval(), VQTokenizer(vq_config).initialize(0).eval()
-    orders = torch.as_tensor(schedule.orders[:1]).long()
+    orders = torch.tensor(schedule.orders[:1]).long()
     uniform = torch.rand(orders.shape, dtype=torch.float64)
     with Kernels() as kernels:
         drawn = generate(
