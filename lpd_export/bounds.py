@@ -71,6 +71,8 @@ def checked(what: str, value: object, kind: Any) -> Any:
 def in_words(schema: dict[str, Any]) -> str:
     """What a value of a JSON schema must be: `a whole number from 1 to 2048`."""
     schema = schema.get("anyOf", [schema])[0]
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return " or ".join(schema["enum"])
     words = WORDS[schema["type"]]

@@ -5,8 +5,11 @@ Knows Pillow: modes, orientation, transparency, sizes. Does not know cells, toke
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -16,8 +19,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lpd_export.bounds import checked
 from lpd_export.errors import UserError
 
-Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | NDArray[np.bool_]
-"""A file, a Pillow image, or an array [H, W], [H, W, 3] or [H, W, 4], uint8 or bool."""
+Picture = str | os.PathLike[str] | io.BytesIO | Image.Image | NDArray[np.uint8] | NDArray[np.bool_]
+"""A file or its content, a Pillow image, or an array [H, W], [H, W, 3] or [H, W, 4], uint8 or bool.
+"""
 
 Fit = Literal["crop", "pad", "stretch"]
 """How a picture becomes square: its middle, all of it on white, or distorted."""
@@ -41,26 +45,47 @@ def read_picture(picture: Picture, background: str = "white") -> Image.Image:
         return _as_rgb(Image.fromarray(levels), background)
     if isinstance(picture, Image.Image):
         return _as_rgb(picture, background)
-    if not isinstance(picture, str | os.PathLike):
+    if not isinstance(picture, str | os.PathLike | io.BytesIO):
         raise UserError(
             f"an image must be a file, a Pillow image or an array, but it is {picture!r}"
         )
+    with _opened(picture) as opened:
+        return _as_rgb(opened, background)
+
+
+def read_transparent(picture: str | os.PathLike[str] | io.BytesIO) -> NDArray[np.bool_] | None:
+    """What is wholly transparent in a picture, upright: [H, W] bool, or None if nothing is.
+
+    Raises:
+        UserError: as `read_picture`.
+    """
+    with _opened(picture) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        if not upright.has_transparency_data:
+            return None
+        transparent = np.asarray(upright.convert("RGBA"))[..., 3] == 0
+        return transparent if transparent.any() else None
+
+
+@contextlib.contextmanager
+def _opened(picture: str | os.PathLike[str] | io.BytesIO) -> Iterator[Image.Image]:
+    name = "the upload" if isinstance(picture, io.BytesIO) else picture
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tags that do not matter
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(picture) as opened:
-                return _as_rgb(opened, background)
+                yield opened
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{picture} is too large: an image may have {Image.MAX_IMAGE_PIXELS or 0} pixels, and "
+            f"{name} is too large: an image may have {Image.MAX_IMAGE_PIXELS or 0} pixels, and "
             "reading more could exhaust the memory; make it smaller first"
         ) from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{picture} is not an image that Pillow can read") from error
+        raise UserError(f"{name} is not an image that Pillow can read") from error
     except Exception as error:  # OSError, and of damaged files what their format's reader raises
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the image {picture}: {reason}") from error
+        raise UserError(f"cannot read the image {name}: {reason}") from error
 
 
 def _as_rgb(picture: Image.Image, background: str) -> Image.Image:

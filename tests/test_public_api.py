@@ -25,6 +25,7 @@ PIPELINE = {
     "executor",
     "forced_logits",
     "generate",
+    "picture_after",
     "open",
     "prepare_edit",
     "sampling",
@@ -54,6 +55,7 @@ WORDS = {
     "--force --json",
     "schedule check": "FILE --steps --json",
     "schedule show": "FILE --steps --order --out --force --json",
+    "serve": "BUNDLE... --host --port --max-queue --batch --max-wait --api-key --device --threads",
     "inspect": "BUNDLE --classes --batch --json",
     "doctor": "--json",
 }

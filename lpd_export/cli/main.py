@@ -29,7 +29,17 @@ from lpd_export.cli.exit_codes import (
 from lpd_export.cli.streams import lossy_stderr
 from lpd_export.errors import Interrupted, UserError
 
-COMMANDS = ("build", "run", "edit", "verify", "bench", "schedule", "inspect", "doctor")
+COMMANDS = (
+    "build",
+    "run",
+    "edit",
+    "serve",
+    "verify",
+    "bench",
+    "schedule",
+    "inspect",
+    "doctor",
+)
 """In the order of use; each is a function in the module of its name."""
 DEAF_SECONDS = 1
 """After a Ctrl-C, so that the next does not stop the cleaning up before it begins."""

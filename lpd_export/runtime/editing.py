@@ -54,12 +54,14 @@ class Edit:
         sampling: Sampling,
         schedule: Schedule,
         order: str = "locality",
+        first_index: int = 0,
     ) -> list[ImageRequest]:
-        """One for each label, their indices from 0; without kept cells those of a plain run."""
+        """One for each label, their indices counted up; without kept cells those of a plain run."""
+        each = list(enumerate(labels, first_index))
         if not self.kept.any():
-            return [ImageRequest(label, seed, i, sampling) for i, label in enumerate(labels)]
+            return [ImageRequest(label, seed, index, sampling) for index, label in each]
         given = np.where(self.kept, self.token_ids, -1)
-        keys = [(seed, index) for index in range(len(labels))]
+        keys = [(seed, index) for index, _ in each]
         thresholds = {
             name: value
             for name in ("repulsion", "proximity")
@@ -67,8 +69,8 @@ class Edit:
         }
         orders = edit_orders(schedule.group_sizes, self.kept, keys, order, **thresholds)
         return [
-            ImageRequest(label, seed, i, sampling, orders[i], given)
-            for i, label in enumerate(labels)
+            ImageRequest(label, seed, index, sampling, order, given)
+            for (index, label), order in zip(each, orders, strict=True)
         ]
 
     def paste(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

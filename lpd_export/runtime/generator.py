@@ -23,6 +23,8 @@ from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.sampler import Sampling, SamplingRows, guide, sample
 from lpd_export.schedule.phases import Phase, attention_mask
 
+OnStep = Callable[[int, Tensor], None]
+
 
 def conditions(
     model: ModelDescription,
@@ -97,7 +99,7 @@ class Generator:
         uniform: Tensor,
         samplings: Sequence[Sampling],
         given: Tensor | None = None,
-        on_step: Callable[[int], None] = lambda step: None,
+        on_step: OnStep = lambda step, token_ids: None,
         size: int | None = None,
         guided: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -110,7 +112,9 @@ class Generator:
             samplings: guidance and filters of each image.
             given: [B, S] int64 in raster order: tokens to be taken instead of draws, -1 where
                 there is none.
-            on_step: called after each step with how many are done.
+            on_step: called after each step with how many are done, and the token ids so far [B, S]
+                int64 in raster order: the generator's own buffer, of which cells of later steps
+                hold anything. Where generations are recorded, once after the last.
             size: of the buffers, if there may be more images than labels; rows without one repeat
                 the last image, and are not returned.
             guided: whether the buffers have null rows, if other batches may need them.
@@ -173,16 +177,16 @@ class Generator:
         return self._batch
 
     @torch.inference_mode()
-    def _run(self, batch: Batch, filtered: bool, on_step: Callable[[int], None]) -> None:
+    def _run(self, batch: Batch, filtered: bool, on_step: OnStep) -> None:
         if not self._executor.records:
             batch.launch(filtered, on_step)
             return
         # All settings are in buffers: only whether there is anything to filter is launched or not.
         if filtered not in self._recordings:
-            work = partial(batch.launch, filtered, lambda step: None)
+            work = partial(batch.launch, filtered, lambda step, token_ids: None)
             self._recordings[filtered] = self._executor.record(work)
         self._recordings[filtered]()
-        on_step(len(self._phases))
+        on_step(len(self._phases), batch.token_ids)
 
 
 class Batch:
@@ -304,7 +308,7 @@ class Batch:
             buffer.copy_(values)
         self.steps[0].token_ids.copy_(conditions(model, labels, samplings, self.guided))
 
-    def launch(self, filtered: bool, on_step: Callable[[int], None]) -> None:
+    def launch(self, filtered: bool, on_step: OnStep) -> None:
         """Generates `token_ids` and `images` from the loaded inputs."""
         sequence = torch.cat([torch.zeros_like(self.orders[:, :1]), self.orders + 1], dim=1)
         for number, step in enumerate(self.steps):
@@ -322,7 +326,7 @@ class Batch:
             self.token_ids.scatter_(1, self.orders[:, cells], tokens)
             if number + 1 < len(self.steps):
                 self._copy_to_rows(self.steps[number + 1].token_ids, tokens)
-            on_step(number + 1)
+            on_step(number + 1, self.token_ids)
         for run in self._detokenize:
             run()
 

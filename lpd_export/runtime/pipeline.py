@@ -43,6 +43,9 @@ OTHER_NAMES = {"guidance_scale": "cfg", "cfg_scale": "cfg", "batch_size": "batch
 """What other libraries call them."""
 
 
+Watch = Callable[[int, torch.Tensor], None]
+
+
 class Progress(NamedTuple):
     """Where a generation is."""
 
@@ -285,8 +288,16 @@ class Pipeline:
         batch: int = 1,
         schedule: Schedule | str | os.PathLike[str] | None = None,
         progress: Callable[[Progress], None] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[GeneratedImage]:
         """Images as they are made, one for each request, in their order.
+
+        Args:
+            requests: one for each image.
+            batch, schedule, progress: as `generate` takes them.
+            watch: called after each step with how many are done, and the token ids so far
+                [images, S] int64 of the batch, which the next step overwrites: what
+                `picture_after` draws. Where generations are recorded, once after the last.
 
         Raises:
             UserError: before the first image, if an argument is out of range.
@@ -294,7 +305,7 @@ class Pipeline:
         self.check_batch(batch)
         for request in requests:
             request.check(self.manifest.model)
-        return self._stream(requests, batch, self.choose_schedule(schedule), progress)
+        return self._stream(requests, batch, self.choose_schedule(schedule), progress, watch)
 
     def check_batch(self, batch: int) -> None:
         """Raises UserError unless the bundle takes batches of this size."""
@@ -327,6 +338,7 @@ class Pipeline:
         batch: int,
         schedule: Schedule,
         progress: Callable[[Progress], None] | None,
+        watch: Watch | None,
     ) -> Iterator[GeneratedImage]:
         generator = self._generator(schedule)
         # Of every batch, the last and smaller too, so that nothing is bound anew.
@@ -336,9 +348,16 @@ class Pipeline:
         for start in range(0, len(requests), batch):
             chunk = requests[start : start + batch]
 
-            def on_step(step: int, first: int = chunk[0].index, images: int = len(chunk)) -> None:
+            def on_step(
+                step: int,
+                token_ids: torch.Tensor,
+                first: int = chunk[0].index,
+                images: int = len(chunk),
+            ) -> None:
                 if progress is not None:
                     progress(Progress(first, images, step, schedule.steps))
+                if watch is not None:
+                    watch(step, token_ids[:images])
 
             given = [nothing if r.given is None else r.given for r in chunk]
             buffer, images = generator.generate(
@@ -463,14 +482,27 @@ class Pipeline:
         Raises:
             UserError: if the image is not of this model's grid and codebook.
         """
-        order, sizes = image.order, image.schedule.group_sizes
-        if image.request.given is not None:
-            order, sizes = given_first(order, sizes, image.request.given >= 0)
+        order, sizes = shown_order(image.request, image.schedule)
         *unfinished, _ = tokens_after_steps(image.token_ids, order, sizes)
         # The last is not decoded again: alone, a GPU may round otherwise than in a batch.
         pictures = [to_uint8(self.detokenize(ids[None]))[0] for ids in unfinished]
         filled = filled_after_steps(order, sizes)
         return blank_unfilled(np.stack([*pictures, image.pixels]), filled, BLANK)
+
+    def picture_after(
+        self, step: int, token_ids: NDArray[np.int64], request: ImageRequest, schedule: Schedule
+    ) -> NDArray[np.uint8]:
+        """One picture of `trace`, of an image that need not be finished: [height, width, 3] uint8.
+
+        Args:
+            step: how many steps are done, from 1 on.
+            token_ids: [S], raster order; of cells of later steps any.
+            request, schedule: what the image is made from.
+        """
+        order, sizes = shown_order(request, schedule)
+        ids = tokens_after_steps(token_ids, order, sizes)[step - 1]
+        filled = filled_after_steps(order, sizes)[step - 1 : step]
+        return blank_unfilled(to_uint8(self.detokenize(ids[None])), filled, BLANK)[0]
 
     def tokenize(self, images: NDArray[np.float32] | Sequence[Picture]) -> NDArray[np.int64]:
         """Token ids [B, S] of images [B, 3, height, width] in [-1, 1], or of a list of pictures.
@@ -483,3 +515,13 @@ class Pipeline:
             pixels = np.stack([fit_picture(read_picture(image), side, "crop") for image in images])
             images = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         return tokenizer.tokenize(self._executor, self.manifest, images)
+
+
+def shown_order(
+    request: ImageRequest, schedule: Schedule
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The order and group sizes in which an image's cells are there: given ones at once."""
+    order, sizes = request.order_of(schedule), schedule.group_sizes
+    if request.given is None:
+        return order, sizes
+    return given_first(order, sizes, request.given >= 0)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lpd_export import Pipeline, UserError
+from lpd_export import ImageRequest, Pipeline, UserError
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.runtime.trace import blank_unfilled, filled_after_steps, tokens_after_steps
@@ -145,6 +146,20 @@ def test_the_trace_follows_the_schedule_of_the_image(pipeline: Pipeline) -> None
     rows = int(schedule.group_sizes[:3].sum()) // 16  # whole rows of cells, 2 pixels each
     assert (trace[2, : 2 * rows] != BLANK).any(axis=2).mean() > 0.9
     assert (trace[2, 2 * rows + 2 :] == BLANK).all()
+
+
+def test_an_image_can_be_watched_as_it_is_made(pipeline: Pipeline) -> None:
+    """What `picture_after` draws of unfinished tokens is the trace of the finished ones."""
+    requests, schedule = [ImageRequest(13, 2, i) for i in range(2)], pipeline.choose_schedule(None)
+    seen = []
+
+    def watch(step: int, token_ids: torch.Tensor) -> None:
+        tokens = token_ids[1].numpy()
+        seen.append(pipeline.picture_after(step, tokens, requests[1], schedule))
+
+    *_, image = pipeline.stream(requests, batch=2, watch=watch)
+    np.testing.assert_array_equal(seen[:-1], pipeline.trace(image)[:-1])
+    assert len(seen) == schedule.steps
 
 
 def test_an_image_of_another_model_has_no_trace(small_bundle: Path, pipeline: Pipeline) -> None:
