@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -33,6 +34,12 @@ Threads = Annotated[int, Field(ge=1, le=max(64, 4 * (os.cpu_count() or 1)))]
 """Far too many end the process inside ONNX Runtime, without a word."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hexadecimal."""
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal, a log or a page may obey instead of showing it.
+
+Control characters, ends of lines, changes of the direction of writing, and halves of characters.
+"""
 
 WORDS = {
     "integer": "a whole number",
@@ -66,6 +73,11 @@ def checked(what: str, value: object, kind: Any) -> Any:
     except ValidationError as error:
         wanted = in_words(_adapter(kind).json_schema())
         raise UserError(f"{what} must be {wanted}, but it is {value!r}") from error
+
+
+def printable(text: str) -> str:
+    """Text in which a terminal obeys nothing: what it might is written as in Python, `\\x1b`."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def in_words(schema: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from lpd_export.bounds import STRICT, EditOrder
 from lpd_export.errors import UserError
+from lpd_export.files import check_file
 from lpd_export.pictures import Fit, read_mask, read_picture
 from lpd_export.run_request import RECORD
 
@@ -66,19 +67,17 @@ class EditRequest:
         path, index = given[1], given[2]
         if index is None:
             raise UserError(f"{path} has many images: say which, as in {path}:3")
-        try:
-            lines = Path(path).read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-        for line in lines:
-            try:
-                record = dict(RECORD.validate_json(line))
-            except ValidationError:
-                continue  # another's, or cut short by a kill
-            if record["index"] == int(index):
-                tokens = record.get("token_ids")
-                if isinstance(tokens, list) and all(type(t) is int for t in tokens):
-                    return record
+        check_file(path, "the records", 2**36)
+        with open(path, "rb") as lines:
+            for line in lines:
+                try:
+                    record = dict(RECORD.validate_json(line))
+                except ValidationError:
+                    continue  # another's, or cut short by a kill
+                if str(record["index"]) == index:
+                    tokens = record.get("token_ids")
+                    if isinstance(tokens, list) and all(type(t) is int for t in tokens):
+                        return record
         raise UserError(
             f"{path} has no record of image {index} with its token ids: images are counted from 0"
         )

@@ -1,12 +1,14 @@
 """Files and folders that are whole or not there, and what is written into them as JSON."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import signal
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +18,37 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lpd_export.errors import UserError
+
+
+def check_file(path: str | os.PathLike[str], what: str, most: int) -> None:
+    """Sees that a file can be read whole, before memory is taken for it.
+
+    Raises:
+        UserError: `cannot read WHAT PATH: why`, if it is not there, is a device or a pipe (which
+            may never end), or has more than `most` bytes.
+    """
+    try:
+        found = Path(path).stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {what} {path}: {reason}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"cannot read {what} {path}: it is a device or a pipe; give a file")
+    if found.st_size > most:
+        raise UserError(
+            f"cannot read {what} {path}: it has {found.st_size} bytes, and may have {most} at most"
+        )
+
+
+def read_file(path: str | os.PathLike[str], what: str, most: int) -> bytes:
+    """The content of a file, if `check_file` lets it be read."""
+    check_file(path, what, most)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

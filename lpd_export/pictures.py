@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lpd_export.bounds import checked
 from lpd_export.errors import UserError
+from lpd_export.files import check_file
 
 Picture = str | os.PathLike[str] | io.BytesIO | Image.Image | NDArray[np.uint8] | NDArray[np.bool_]
 """A file or its content, a Pillow image, or an array [H, W], [H, W, 3] or [H, W, 4], uint8 or bool.
@@ -25,6 +26,12 @@ Picture = str | os.PathLike[str] | io.BytesIO | Image.Image | NDArray[np.uint8] 
 
 Fit = Literal["crop", "pad", "stretch"]
 """How a picture becomes square: its middle, all of it on white, or distorted."""
+
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What pictures come in. Pillow reads forty more, EPS by running the program in it."""
+MOST_BYTES = 2**30
+"""Of a file, however many pixels it may hold."""
 
 
 def read_picture(picture: Picture, background: str = "white") -> Image.Image:
@@ -70,11 +77,13 @@ def read_transparent(picture: str | os.PathLike[str] | io.BytesIO) -> NDArray[np
 @contextlib.contextmanager
 def _opened(picture: str | os.PathLike[str] | io.BytesIO) -> Iterator[Image.Image]:
     name = "the upload" if isinstance(picture, io.BytesIO) else picture
+    if not isinstance(picture, io.BytesIO):
+        check_file(picture, "the image", MOST_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tags that do not matter
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(picture) as opened:
+            with Image.open(picture, formats=FORMATS) as opened:
                 yield opened
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(
@@ -82,7 +91,7 @@ def _opened(picture: str | os.PathLike[str] | io.BytesIO) -> Iterator[Image.Imag
             "reading more could exhaust the memory; make it smaller first"
         ) from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} is not an image that Pillow can read") from error
+        raise UserError(f"{name} is no image of a known format: {', '.join(FORMATS)}") from error
     except Exception as error:  # OSError, and of damaged files what their format's reader raises
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the image {name}: {reason}") from error

@@ -92,16 +92,16 @@ def generation_work(bundle: Bundle, phases: Sequence[Phase] | None = None) -> di
             parts[step_title(phase)] = counted[sizes_of_phase]
             continue
         if own and manifest.phase_rows == rows:
-            model = ir.load(bundle.file(f"onnx/{phase.name}.onnx"))
+            model = ir.load(bundle.graph(f"onnx/{phase.name}.onnx"))
         else:
-            model = ir.load(bundle.file("onnx/decode.onnx"))
+            model = ir.load(bundle.graph("onnx/decode.onnx"))
             sizes = {ROWS: rows, CONTEXT_TOKENS: phase.context, TOKENS: phase.tokens}
             make_static(model, sizes)
         counted[sizes_of_phase] = parts[step_title(phase)] = graph_work(model)
     cells = sum(phase.queries for phase in phases)
     # The logits of all rows are read once: guidance and the draw in one pass.
     parts[SAMPLING] = Work(activations=rows * cells * manifest.model.vocab_size * 4)
-    model = ir.load(bundle.file("onnx/detokenize.onnx"))
+    model = ir.load(bundle.graph("onnx/detokenize.onnx"))
     make_static(model, {"batch": 1})
     parts[DETOKENIZE] = graph_work(model)
     image = model.graph.outputs[0]

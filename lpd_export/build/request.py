@@ -26,6 +26,7 @@ from pydantic import (
 
 from lpd_export.bounds import STRICT, Cfg, GuidanceSchedule, Seed, in_words
 from lpd_export.errors import UserError
+from lpd_export.files import read_file
 from lpd_export.formats import BACKENDS, ONNXRUNTIME, PRECISIONS
 
 PATHS = (
@@ -38,6 +39,8 @@ PATHS = (
     "out",
 )
 HUB_PREFIX = "hf:"
+MOST_BYTES = 2**14
+"""Of a recipe: reading TOML takes time with the square of a key's length."""
 ENGINE_FIELDS = (
     "workspace",
     "optimization_level",
@@ -140,13 +143,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UserError: for a file that is not TOML, an unknown key or a wrong value, with its line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UserError(f"cannot read the recipe {path}: {reason}") from error
+        text = read_file(path, "the recipe", MOST_BYTES).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the recipe {path}: it is not text") from error
     try:
         entries = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    # ValueError: TOML's own, and that of Python for a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
     keys = {key.replace("-", "_"): key for key in entries}
 

@@ -12,7 +12,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lpd_export.bounds import UNPRINTABLE
 from lpd_export.errors import UserError
+from lpd_export.files import read_file
 
 ClassNames = list[list[str]]
 
@@ -20,6 +22,8 @@ IMAGENET_CLASSES = 1000
 NULL_NAME = "none"
 """What a user calls the null condition, where no class has this name."""
 ALL_NAME = "all"
+MOST_BYTES = 2**26
+"""Of a file of class names."""
 
 
 def imagenet_names() -> ClassNames:
@@ -41,15 +45,19 @@ def read_names(path: Path, num_classes: int) -> ClassNames:
         UserError: if the file is not such a list, or not of `num_classes` classes.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the class names {path}: {error.strerror}") from error
+        entries = json.loads(read_file(path, "the class names", MOST_BYTES))
     except (ValueError, RecursionError) as error:
         raise UserError(f"the class names {path} are not JSON: {error}") from error
     names = [[entry] if isinstance(entry, str) else entry for entry in _as_list(entries, path)]
     for label, entry in enumerate(names):
         if not _as_list(entry, path) or not all(isinstance(name, str) and name for name in entry):
             raise UserError(f"the class names {path} have no name for class {label}")
+        for name in entry:
+            if UNPRINTABLE.search(name):
+                raise UserError(
+                    f"the class names {path} hold control characters in that of class {label}: "
+                    f"{name!a}"
+                )
     if len(names) != num_classes:
         raise UserError(
             f"the class names {path} are for {len(names)} classes, the model has {num_classes}"

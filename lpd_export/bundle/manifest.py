@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -29,9 +29,9 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from lpd_export.bounds import Cfg, Digest, GuidanceSchedule
+from lpd_export.bounds import UNPRINTABLE, Cfg, Digest, GuidanceSchedule
 from lpd_export.errors import UserError
-from lpd_export.files import check_writable, new_folder, sha256
+from lpd_export.files import check_writable, new_folder, read_file, sha256
 from lpd_export.formats import BACKENDS, FLOAT_TYPES, PRECISIONS
 from lpd_export.schedule.phases import Phase, phase_table
 from lpd_export.schedule.schedule_file import Schedule
@@ -42,6 +42,8 @@ SCHEDULE = "schedule.npz"
 GRAPH_NAMES = ("decode", "detokenize", "tokenize")
 FOLDERS = ("onnx", "engines")
 """With the two files, all that there may be in a bundle."""
+MOST_BYTES = 2**26
+"""Of a manifest: that of the largest published model has a quarter of a megabyte."""
 CHECKSUM = "manifest_sha256"
 """The manifest's entry for a checksum of all its other entries."""
 
@@ -264,9 +266,11 @@ class Manifest:
             values = json.loads(text)
             version = values["format_version"]
             if version != FORMAT_VERSION:
+                newer = type(version) is int and version > FORMAT_VERSION
+                advice = "update lpd-export" if newer else "build the bundle again"
                 raise UserError(
-                    f"{source} has bundle format {version}, this lpd-export reads format "
-                    f"{FORMAT_VERSION}: build the bundle again, or use the version that made it"
+                    f"{source} has bundle format {str(version)[:20]}, this lpd-export reads format "
+                    f"{FORMAT_VERSION}: {advice}, or use the version that made it"
                 )
             if values.pop(CHECKSUM) != checksum(values):
                 raise UserError(f"{source} was altered after it was built: build the bundle again")
@@ -274,6 +278,12 @@ class Manifest:
             raise UserError(
                 f"{source} is damaged or is not a bundle's manifest: build the bundle again"
             ) from error
+        for text in _texts(values):
+            if UNPRINTABLE.search(text):
+                raise UserError(
+                    f"{source} holds control characters, which no build writes: {text[:80]!a}; do "
+                    "not use this bundle"
+                )
         try:
             return TypeAdapter(cls).validate_json(json.dumps(values))
         except ValidationError as error:
@@ -296,6 +306,18 @@ class Manifest:
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
         return json.dumps({CHECKSUM: checksum(values)} | values, indent=1)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All keys and texts of what JSON holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        value = value.values()
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def checksum(values: dict[str, Any]) -> str:
@@ -332,10 +354,9 @@ class Bundle:
                 f"{path} is not a bundle: it has no {MANIFEST}; `lpd-export build` makes bundles"
             )
         try:
-            text = manifest.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise UserError(f"cannot read {manifest}: {reason}") from error
+            text = read_file(manifest, "the manifest", MOST_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"cannot read {manifest}: it is not text") from error
         return cls(path, Manifest.from_json(text, manifest))
 
     def file(self, name: str) -> Path:
@@ -350,6 +371,7 @@ class Bundle:
             raise UserError(f"the bundle {self.path} holds no {name}: build it again")
         if not path.is_file():
             raise UserError(f"{path} is missing: build the bundle again")
+        self._check_link(path)
         try:
             size = path.stat().st_size
             if size != expected.size:
@@ -361,27 +383,56 @@ class Bundle:
                 raise UserError(f"{path} was altered after it was built: build the bundle again")
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
-        if path.suffix == ".data" and path.is_symlink():
-            self._check_link(path)
         return path
 
-    def _check_link(self, weights: Path) -> None:
-        """Raises UserError where ONNX Runtime would not follow a link to weights.
+    def _check_link(self, path: Path) -> None:
+        """Raises UserError for a symbolic link, unless the bundle is a snapshot in the hub's cache.
 
-        It reads weights from the folder of the graph, or from that where a link to the graph
-        leads: a snapshot in the hub's cache, links into one folder throughout, runs as it is.
+        There every file is a link into the folder `blobs` of its repository.
         """
-        target = weights.resolve()
-        for graph in weights.parent.glob("*.onnx"):
-            if target.parent not in (graph.parent.resolve(), graph.resolve().parent):
-                raise UserError(
-                    f"{weights} is a symbolic link to {target}, where ONNX Runtime does not look "
-                    f"for the weights of {graph.name}: put the file itself in its place"
-                )
+        folder, target = self.path.resolve(), path.resolve()
+        in_cache = (
+            folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+        )
+        if target != folder / path.relative_to(self.path) and not in_cache:
+            raise UserError(
+                f"{path} is a symbolic link to {target}: a bundle is read from its own folder "
+                "alone; put the file itself in its place"
+            )
+
+    def graph(self, name: str) -> Path:
+        """The path of an ONNX file, verified, all that it refers to included.
+
+        Raises:
+            UserError: as `file`, or if its weights are in a file that is not one of the bundle's.
+        """
+        from lpd_export.bundle.graph_file import check_graph_file
+
+        path = self.file(name)
+        folder = PurePosixPath(name).parent
+        here = [PurePosixPath(file) for file in self.manifest.files]
+        check_graph_file(path, {file.name for file in here if file.parent == folder})
+        return path
 
     def files(self) -> list[Path]:
         """All files, verified."""
-        return [self.file(name) for name in self.manifest.files]
+        return [
+            self.graph(name) if name.endswith(".onnx") else self.file(name)
+            for name in self.manifest.files
+        ]
+
+    def check_nothing_else(self) -> None:
+        """Raises UserError for a file in the folder that the manifest does not name."""
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            if (path.is_symlink() or not path.is_dir()) and name not in (
+                MANIFEST,
+                *self.manifest.files,
+            ):
+                raise UserError(
+                    f"{self.path} holds {name}, which its manifest does not name: take it away, or "
+                    "do not use this bundle"
+                )
 
     def schedule(self) -> Schedule:
         """The bundle's schedule, verified."""

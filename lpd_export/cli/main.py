@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import click
 
+from lpd_export.bounds import printable
 from lpd_export.cli.exit_codes import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -75,7 +76,7 @@ def run_command(arguments: list[str] | None) -> int:
     except click.ClickException as error:
         return mistake(error.format_message().rstrip("."), hint=help_hint(error))
     except Interrupted as stopped:
-        click.echo(f"lpd-export: {stopped}", err=True)
+        click.echo(f"lpd-export: {one_line(stopped)}", err=True)
         return EXIT_INTERRUPTED
     except click.Abort:
         click.echo("lpd-export: interrupted", err=True)
@@ -89,7 +90,8 @@ def run_command(arguments: list[str] | None) -> int:
         what = f"use {error.filename}" if error.filename else "write the result"
         return mistake(f"cannot {what}: {error.strerror or error}")
     except Exception as error:
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            click.echo(printable(line), err=True)
         click.echo(
             f"lpd-export: {type(error).__name__}: {one_line(error)}: this is a fault of "
             "lpd-export, not of what you asked for; please report it, with the lines above and "
@@ -106,7 +108,7 @@ def drop_output() -> None:
 
 def say_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as a line for the user, without the place in the code that it comes from."""
-    click.echo(f"lpd-export: {message}", err=True)
+    click.echo(f"lpd-export: {one_line(message)}", err=True)
 
 
 def interrupter() -> Callable[[int, object], None]:
@@ -130,7 +132,7 @@ def mistake(message: str, hint: str = "") -> int:
 
 
 def one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return printable(" ".join(str(message).split()))
 
 
 def help_hint(error: click.ClickException) -> str:

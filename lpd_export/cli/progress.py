@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lpd_export.bounds import printable
+
 if TYPE_CHECKING:
     from lpd_export.run import Advance
 
@@ -120,4 +122,4 @@ def tell_each_tenth() -> Callable[[Any], None]:
 
 
 def say(line: str) -> None:
-    click.echo(line, err=True)
+    click.echo(printable(line), err=True)

@@ -33,7 +33,7 @@ def portable_files(bundle: Bundle, scratch: Path) -> tuple[dict[str, Path], str]
         UserError: if a file is damaged.
     """
     bundle.file(WEIGHTS)
-    files = {graph: bundle.file(f"onnx/{graph}.onnx") for graph in GRAPH_NAMES}
+    files = {graph: bundle.graph(f"onnx/{graph}.onnx") for graph in GRAPH_NAMES}
     return portable_graphs(files, bundle.manifest, scratch)
 
 

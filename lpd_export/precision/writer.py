@@ -22,7 +22,7 @@ import onnxruntime
 from lpd_export import __version__
 from lpd_export.bundle.manifest import GRAPH_NAMES, CalibrationRecord, Manifest
 from lpd_export.errors import UserError
-from lpd_export.files import cache_folder, sha256, write_atomically
+from lpd_export.files import cache_folder, read_file, sha256, write_atomically
 from lpd_export.formats import BACKENDS, FLOAT32, PRECISIONS, Quantization
 from lpd_export.graphs import export
 from lpd_export.precision import calibration as calibration_module
@@ -237,10 +237,9 @@ def read_kept_layers(path: Path) -> dict[str, list[str]]:
         UserError: if it is not such a file.
     """
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise UserError(f"cannot read --keep-layers {path}: {reason}") from error
+        kept = json.loads(read_file(path, "--keep-layers", 2**24))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read --keep-layers {path}: it is not JSON") from error
     if (
         not isinstance(kept, dict)
         or not set(kept) <= set(GRAPH_NAMES)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from lpd_export.bounds import checked
 from lpd_export.bundle.manifest import Manifest, ModelDescription
 from lpd_export.errors import UserError
+from lpd_export.files import check_file
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.pictures import Fit, Picture, fit_mask, fit_picture, read_mask, read_picture
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest, check_vocabulary
@@ -167,11 +169,11 @@ def read_token_ids(source: Source, model: ModelDescription) -> NDArray[np.int64]
     if isinstance(source, GeneratedImage):
         values: NDArray[Any] = source.token_ids
     elif isinstance(source, str | os.PathLike) and Path(source).suffix == ".npy":
+        check_file(source, "the token ids", 2**30)
         try:
-            values = np.load(source, allow_pickle=False)
-        except OSError as error:
-            raise UserError(f"cannot read {source}: {error.strerror or error}") from error
-        except (ValueError, EOFError) as error:
+            # Mapped: NumPy would take the memory that the header asks for before it reads on.
+            values = np.asarray(open_memmap(source, mode="r"))
+        except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"{source} is damaged or no array of NumPy: {error}") from error
     elif isinstance(source, np.ndarray) and source.dtype.kind in "iu" and source.ndim == 1:
         values = source

@@ -152,6 +152,12 @@ class OnnxRuntimeExecutor:
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         session = self.load(graph)
+        names = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
+        if strange := names ^ set(tensors):
+            raise GraphError(
+                f"{self._files[graph]} is no {graph} graph of this model, whose inputs and outputs "
+                f"are others ({', '.join(sorted(strange)[:3])}): build the bundle again"
+            )
         binding = session.io_binding()
         for values, bind in (
             (session.get_inputs(), binding.bind_input),

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from lpd_export.bounds import Natural, Positive, Seed, checked
 from lpd_export.errors import UserError
-from lpd_export.files import write_atomically
+from lpd_export.files import read_file, write_atomically
 from lpd_export.schedule.orders import KINDS, checked_orders, make_orders
 from lpd_export.schedule.phases import checked_sizes, group_sizes
 
 FOREIGN = "foreign"
 """The kind of orders read from a bare JSON list, which does not say how they were made."""
 _MOST_BYTES = 2**28  # of an array in a file: 65,536 orders of a 32x32 grid
+_MOST_FILE_BYTES = 2**29  # the authors' JSON takes up to 6 bytes where the array takes 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +148,7 @@ class Schedule:
         damaged, something else, or at odds with `steps`.
         """
         path = Path(path)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the schedule {path}: {error.strerror or error}"
-            ) from error
+        content = read_file(path, "the schedule", _MOST_FILE_BYTES)
         read = cls._from_npz if content.startswith(b"PK") else cls._from_json
         try:
             return read(content, steps)
@@ -217,7 +213,14 @@ def _check_headers(content: bytes) -> None:
     headers = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in ("group_sizes", "orders", "meta"):
-            with archive.open(f"{name}.npy") as file:
+            member = archive.getinfo(f"{name}.npy")
+            # Nobody's header is long; NumPy would read a gigabyte of one before it says so.
+            if member.file_size > _MOST_BYTES + 2**16:
+                raise UserError(
+                    f"its {name} take {member.file_size / 1e9:.3g} GB, a schedule's at most "
+                    f"{_MOST_BYTES / 1e9:.2g} GB: make it again with fewer orders"
+                )
+            with archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
                 read = (
                     np.lib.format.read_array_header_1_0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import math
+import mmap
 import os
 import pickle
 import re
@@ -31,6 +32,10 @@ HUB_PREFIX = "hf:"
 HUB_TIMEOUT_SECONDS = 10
 COMMIT = re.compile("[0-9a-f]{40}")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ZEROS = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
+"""In a pickle: torch lets it be called, with a number of bytes to take. No weight needs it."""
 
 StateDict = dict[str, Tensor]
 
@@ -244,6 +249,7 @@ def read_state_dict(path: Path) -> StateDict:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
+            check_pickle(path)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 # Mapped, so that an optimizer's state beside the weights is never read.
                 content = torch.load(
@@ -263,8 +269,11 @@ def read_state_dict(path: Path) -> StateDict:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     # On garbage the unpickler fails with whatever its next line raises, IndexError for one.
     except Exception as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise  # says nothing of the file
+        asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+        beyond = asked is not None and int(asked[1]) > path.stat().st_size
+        shortage = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        if isinstance(error, CheckpointError) or (shortage and not beyond):
+            raise  # a shortage says nothing of the file, unless it asks for more than it has
         raise CheckpointError(damaged) from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
@@ -275,17 +284,54 @@ def read_state_dict(path: Path) -> StateDict:
     return state
 
 
+def check_pickle(path: Path) -> None:
+    """Raises CheckpointError for what would take memory that is not in the file.
+
+    Whatever zipfile and the system raise for a damaged file.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise CheckpointError(f"{path} is compressed, as no PyTorch checkpoint is")
+            pickles = [archive.read(m) for m in members if m.filename.endswith("/data.pkl")]
+            asks = any(map(ZEROS.search, pickles))
+    else:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as whole:
+            asks = ZEROS.search(whole) is not None
+    if asks:
+        raise CheckpointError(f"{path} asks for memory beside its weights, and was not loaded")
+
+
+def dense(state: StateDict, key: str, kind: str) -> Tensor:
+    """A weight, which must be an array of floats with all of its values in the file."""
+    tensor = state[key]
+    if tensor.layout != torch.strided or tensor.dtype not in WEIGHT_TYPES or tensor.is_meta:
+        layout = (
+            "" if tensor.layout == torch.strided else f"{tensor.layout} ".removeprefix("torch.")
+        )
+        raise CheckpointError(
+            f"not {kind}: {key} is a {layout}tensor of {str(tensor.dtype).removeprefix('torch.')}; "
+            "weights must be dense, of float64, float32, float16 or bfloat16"
+        )
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"not {kind}: {key} has shape {list(tensor.shape)}, of which the file has a part alone"
+        )
+    return tensor
+
+
 def shape_of(state: StateDict, key: str, dimensions: int, kind: str) -> torch.Size:
     """The shape of a weight that tells the architecture."""
     if key not in state:
         some = ", ".join(list(state)[:3])
         raise CheckpointError(f"not {kind}: the key {key} is missing (it holds {some}, ...)")
-    if state[key].dim() != dimensions:
+    shape = dense(state, key, kind).shape
+    if len(shape) != dimensions:
         raise CheckpointError(
-            f"not {kind}: {key} has shape {list(state[key].shape)}, where {dimensions} dimensions "
-            "are expected"
+            f"not {kind}: {key} has shape {list(shape)}, where {dimensions} dimensions are expected"
         )
-    return state[key].shape
+    return shape
 
 
 def count_modules(state: StateDict, prefix: str) -> int:
@@ -381,6 +427,14 @@ def fill(model: nn.Module, state: StateDict, ignored: frozenset[str], kind: str)
     unexpected = [key for key in state if key not in expected and key not in ignored]
     if unexpected:
         raise CheckpointError(f"not {kind}: unexpected key {unexpected[0]}")
+    found = [dense(state, key, kind) for key in expected]
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+    needed = sum(tensor.nbytes for tensor in found)
+    if needed > 2 * sum(stored.values()):
+        raise CheckpointError(
+            f"not {kind}: its weights share {sum(stored.values())} bytes of the file, and apart "
+            f"they would take {needed}"
+        )
     # Copied out of the file's mapping: the weights must outlive the file.
     weights = {key: state[key].to(torch.float32, copy=True) for key in expected}
     broken = [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]

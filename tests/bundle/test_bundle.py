@@ -179,8 +179,9 @@ def test_what_is_no_manifest(bundle: Path, text: str) -> None:
 
 
 def test_a_bundle_of_another_format(bundle: Path) -> None:
-    said = edited(bundle, lambda values: values.update(format_version=2))
-    assert "has bundle format 2, this lpd-export reads format 1: build the bundle again" in said
+    for version, advice in ((2, "update lpd-export"), (0, "build the bundle again")):
+        said = edited(bundle, lambda values, v=version: values.update(format_version=v))
+        assert f"has bundle format {version}, this lpd-export reads format 1: {advice}" in said
 
 
 def test_a_schedule_of_other_phases(bundle: Path) -> None:
