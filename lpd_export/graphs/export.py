@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import io
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ OPSET = 24
 WEIGHTS_FILE = "weights.data"
 ALIGNMENT = 4096
 """Of each tensor in the weights file, so that it can be mapped page by page."""
+OF_SECOND_BLOCK = r"^(blocks\.|(?:past|present)_(?:key|value)_)1\b"
+"""Names of nodes, weights and caches."""
 
 
 def _tensor_scatter_to_onnx(cache: Any, update: Any, write_index: Any) -> Any:
@@ -48,24 +52,31 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def export_decode(model: LPD) -> ir.Model:
-    """`decode.onnx`: the transformer of all phases (see `graphs.Decode`)."""
+    """`decode.onnx`: the transformer of all phases (see `graphs.Decode`).
+
+    Two blocks are traced, and the second repeated for all others: a block takes half a second.
+    """
     config = model.config
+    module = Decode(model)
+    depth = min(config.depth, 2)
+    weights = module.blocks.state_dict(prefix="blocks.")
+    module.blocks = module.blocks[:depth]
     # Small, but distinct from one another and from 1: the exporter would take those for constants.
     rows, context, tokens = 2, 3, 5
     shape = (rows, config.heads, config.cells + 1, config.head_dim)
-    caches = [torch.zeros(shape) for _ in range(2 * config.depth)]
+    caches = [torch.zeros(shape) for _ in range(2 * depth)]
     args = (
         torch.zeros(rows, context, dtype=torch.int64),
         torch.zeros(rows, tokens, dtype=torch.int64),
         torch.zeros(tokens, config.cells + 1),
         torch.zeros(rows, dtype=torch.int64),
-        caches[: config.depth],
-        caches[config.depth :],
+        caches[:depth],
+        caches[depth:],
     )
     row, column, token = map(Dim, (contract.ROWS, contract.CONTEXT_TOKENS, contract.TOKENS))
-    cache_axes = [{0: row}] * config.depth
-    return _export(
-        Decode(model),
+    cache_axes = [{0: row}] * depth
+    exported = _export(
+        module,
         args,
         dynamic_shapes=(
             {0: row, 1: column},
@@ -77,10 +88,56 @@ def export_decode(model: LPD) -> ir.Model:
         ),
         input_names=[
             *contract.STEP_INPUTS,
-            *contract.cache_names(contract.PAST, config.depth),
+            *contract.cache_names(contract.PAST, depth),
         ],
-        output_names=[contract.LOGITS, *contract.cache_names(contract.PRESENT, config.depth)],
+        output_names=[contract.LOGITS, *contract.cache_names(contract.PRESENT, depth)],
     )
+    _repeat_block(exported.graph, weights, config.depth)
+    return exported
+
+
+def _repeat_block(graph: ir.Graph, weights: Mapping[str, torch.Tensor], depth: int) -> None:
+    """Repeats the second block of a decode graph until it has `depth`, with weights by name."""
+    if depth <= 2:
+        return
+    block = [node for node in graph if str(node.name).startswith(("blocks.1.", "blocks.1/"))]
+    residual, end = block[0].inputs[0], block[-1].outputs[0]
+    after = list(end.uses())
+    values = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
+    last = block[-1]
+    for layer in range(2, depth):
+        renamed = partial(
+            re.sub, r"^(blocks\.|(?:past|present)_(?:key|value)_)1\b", rf"\g<1>{layer}"
+        )
+        copies: dict[ir.Value | None, ir.Value] = {residual: last.outputs[0]}
+        for node in block:
+            for value in (*node.inputs, *node.outputs):
+                name = renamed(str(value.name)) if value else ""
+                if value is None or value in copies or name == value.name:
+                    continue  # of all blocks
+                copy = ir.Value(name=name, type=value.type, shape=value.shape)
+                copies[value] = values[name] = copy
+                if value.is_initializer():
+                    copy.const_value = ir.tensor(weights[name], name=name)
+                    graph.register_initializer(copy)
+            repeated = ir.Node(
+                node.domain,
+                node.op_type,
+                [copies.get(value, value) for value in node.inputs],
+                node.attributes.values(),
+                outputs=[copies[value] for value in node.outputs],
+                name=renamed(str(node.name)),
+            )
+            graph.insert_after(last, repeated)
+            last = repeated
+    for node, index in after:
+        node.replace_input_with(index, last.outputs[0])
+    for ends, names in (
+        (graph.inputs, [*contract.STEP_INPUTS, *contract.cache_names(contract.PAST, depth)]),
+        (graph.outputs, [contract.LOGITS, *contract.cache_names(contract.PRESENT, depth)]),
+    ):
+        ends.clear()
+        ends.extend(values[name] for name in names)
 
 
 def export_detokenize(tokenizer: VQTokenizer, grid: int) -> ir.Model:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import golden
+from damage import randomize
 from lpd_export.graphs import contract, export
 from lpd_export.graphs.modules import Decode, Detokenize, Tokenize, tensor_scatter
 from lpd_export.schedule.phases import attention_mask, phase_table
-from lpd_reference import LPD, VQTokenizer
+from lpd_reference import LPD, LPDConfig, VQTokenizer
 
 pytestmark = pytest.mark.model
 
@@ -250,6 +251,21 @@ def test_each_static_phase_equals_the_dynamic_graph_on_its_own(
         for name, value in static.items():
             torch.testing.assert_close(value, dynamic[name], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(static["logits"], eager_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_every_block_has_its_own_weights_and_caches(tmp_path: Path, depth: int) -> None:
+    """Two are traced, whatever the depth."""
+    model = LPD(LPDConfig(dim=64, depth=depth, heads=2, grid=3, num_classes=2, vocab_size=8))
+    randomize(model, torch.Generator().manual_seed(0))
+    export.write_models({"decode": export.export_decode(model)}, tmp_path)
+    inputs = golden.step_inputs(model, [1, 3, 5], rows=2, number=1)
+    caches = list(inputs.values())[4:]
+    logits, keys, values = Decode(model)(*list(inputs.values())[:4], caches[:depth], caches[depth:])
+    outputs = run_onnx(tmp_path / "decode.onnx", inputs)
+    assert list(outputs) == ["logits", *contract.cache_names("present", depth)]
+    for actual, expected in zip(outputs.values(), (logits, *keys, *values), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("graph", ["detokenize", "tokenize"])
