@@ -74,7 +74,7 @@ class EditRequest:
                     record = dict(RECORD.validate_json(line))
                 except ValidationError:
                     continue  # another's, or cut short by a kill
-                if str(record["index"]) == index:
+                if str(record["position"]) == index:
                     tokens = record.get("token_ids")
                     if isinstance(tokens, list) and all(type(t) is int for t in tokens):
                         return record

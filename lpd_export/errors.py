@@ -11,6 +11,9 @@ class UserError(Exception):
 class NumericalError(UserError):
     """NaN or infinite values in a model: its weights or its precision are broken."""
 
+    step: int | None = None
+    """Of the generation that met them, from 1; None if it was no generation."""
+
 
 class GraphError(UserError):
     """A loaded graph that fails when it is run: the sentence says which, and the backend's reason.

@@ -69,10 +69,15 @@ def save_png(pixels: Pixels, path: str | os.PathLike[str]) -> None:
 
     Raises UserError if they are not such an array, or the file cannot be written.
     """
+    write_atomically(path, png_bytes(pixels))
+
+
+def png_bytes(pixels: Pixels) -> bytes:
+    """Pixels [H, W, 3] uint8 as a PNG. Raises UserError if they are not such an array."""
     _check_pixels(pixels)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _check_pixels(pixels: Pixels) -> None:

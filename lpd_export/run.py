@@ -7,37 +7,30 @@ keeps what it has and can go on. Runs do not share a folder. Does not know the c
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import json
 import os
-import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from pydantic import ValidationError
 
-from lpd_export.bundle.classes import display_name, resolve_classes
-from lpd_export.bundle.manifest import MANIFEST
+from lpd_export.bulk.containers import Pixels, container, is_whole
+from lpd_export.bulk.folder import FAILURES, ImageFolder, Made
+from lpd_export.bulk.making import make_images
+from lpd_export.bulk.plan import Record, make_plan, with_edit
+from lpd_export.bulk.storing import Storing
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.edit_request import EditRequest
 from lpd_export.errors import Interrupted, UserError
-from lpd_export.files import exclusive, sha256, uninterrupted, write_atomically
+from lpd_export.files import exclusive, uninterrupted
 from lpd_export.images import contact_sheet, draw_trace, save_png
-from lpd_export.run_request import LOCK, RECORD, RECORDS, RunRequest, check_out, check_request
+from lpd_export.run_request import LOCK, RECORDS, RunRequest, check_out, check_request
 from lpd_export.runtime.editing import Edit
 from lpd_export.runtime.pipeline import Pipeline, Progress
-from lpd_export.runtime.requests import GeneratedImage, ImageRequest
-from lpd_export.runtime.sampler import Sampling
-from lpd_export.schedule.schedule_file import Schedule
 
 SHEET = "contact_sheet.png"
 TRACES = "trace"
@@ -47,20 +40,6 @@ SHEET_IMAGES = 100
 SHEET_COLUMNS = 10
 DEFAULT_BATCH = 4
 """Where a CPU has most of what batching gives, without much more memory."""
-
-Record = dict[str, Any]
-
-
-class Finished(NamedTuple):
-    """An image that is written."""
-
-    record: Record
-    token_ids: NDArray[np.int32]
-    """[S], raster order."""
-
-    def line(self) -> str:
-        """Its line in images.jsonl."""
-        return json.dumps(self.record | {"token_ids": self.token_ids.tolist()}) + "\n"
 
 
 class Advance(NamedTuple):
@@ -92,10 +71,13 @@ class RunResult:
     out: Path
     made: int
     """Images made by this run, those of earlier runs not counted."""
+    failed: int
+    """Images that could not be made, in this run or earlier ones."""
     seconds: float
     """For all that was made, loading not counted."""
-    records: list[Record]
-    contact_sheet: Path
+    folder: ImageFolder
+    contact_sheet: Path | None
+    """None if every image failed."""
     tokens: Path | None
     traces: list[Path] | None
     """The drawing of each image's steps, if they were asked for."""
@@ -107,12 +89,13 @@ class RunResult:
         return {
             "out": str(self.out),
             "made": self.made,
+            "failed": self.failed,
             "seconds": round(self.seconds, 3),
-            "contact_sheet": str(self.contact_sheet),
+            "contact_sheet": str(self.contact_sheet) if self.contact_sheet else None,
             "tokens": str(self.tokens) if self.tokens else None,
             "traces": None if self.traces is None else [str(path) for path in self.traces],
             "notes": list(self.notes),
-            "images": self.records,
+            "images": [without_tokens(record) for record in self.folder.records()],
         }
 
 
@@ -138,9 +121,8 @@ def generate_images(
     check_request(request)
     missing = [f for f in (request.out, *request.out.parents) if not os.path.lexists(f)]
     try:
-        with locked(request.out, request.resume):
-            is_first = bool(missing) or not request.resume
-            return write_images(request, edit, is_first, report, advance)
+        with locked(request.out):
+            return write_images(request, edit, report, advance)
     except BaseException:
         with uninterrupted():
             for folder in missing:
@@ -152,69 +134,105 @@ def generate_images(
 def write_images(
     request: RunRequest,
     edit: EditRequest | None,
-    is_first: bool,
     report: Callable[[str], None],
     advance: Callable[[Advance], None],
 ) -> RunResult:
-    """What `generate_images` does once the folder is its own; `is_first` if it resumes no run."""
-    report(f"loading {request.bundle}")
-    pipeline = Pipeline.open(request.bundle, device=request.device, threads=request.threads)
-    plan = plan_images(request, pipeline)
+    """What `generate_images` does once the folder is its own."""
+    bundle = Bundle.open(request.bundle)
+    manifest, plan = bundle.manifest, make_plan(request, bundle)
+    pipeline = None
     if edit:
-        plan = plan_edit(edit, plan, pipeline)
-    done = read_records(request.out, plan) if request.resume else {}
-    batch = request.batch or min(DEFAULT_BATCH, pipeline.manifest.max_batch or DEFAULT_BATCH)
-    images = pipeline.stream(
-        [request for request in plan.requests if request.index not in done],
-        batch=batch,
-        schedule=plan.schedule,
-        progress=lambda progress: advance(Advance(progress, len(done), len(plan.labels))),
+        report(f"loading {request.bundle}")
+        pipeline = open_pipeline(request)
+        plan = with_edit(plan, prepare_edit(edit, pipeline), edit)
+    positions = np.arange(plan.images)
+    kind = container(
+        request.format, request.out, manifest.resolution, plan.images, request.per_file
     )
-    made_before = len(done)
-    traces = Traces(request.out / TRACES, pipeline, plan, report) if request.trace else None
+    is_first = not (request.out / RECORDS).exists()
+    folder = ImageFolder(request.out, plan, positions, kind, request.keep_going)
+    made_before, gone_before = len(folder.made), len(positions) - len(folder.missing)
+    if pipeline is None and (len(folder.missing) or request.trace):
+        report(f"loading {request.bundle}")
+        pipeline = open_pipeline(request)
+    images: Iterator[Made] = iter(())
+    batch = request.batch or min(DEFAULT_BATCH, manifest.max_batch or DEFAULT_BATCH)
+    gone = gone_before
+    if pipeline and len(folder.missing):
+        images = make_images(
+            pipeline,
+            plan,
+            folder.missing,
+            batch,
+            request.keep_going,
+            lambda progress: advance(Advance(progress, gone, len(positions))),
+        )
+    traces = None
+    if pipeline and request.trace:
+        traces = Traces(request.out / TRACES, pipeline, folder, report)
     started = time.monotonic()
     try:
-        write_records(request.out, done)
+        folder.restore()
         if traces:
-            traces.complete(done)
+            traces.complete()
         report("generating")
-        for image in map(plan.finish, images):
-            save_png(image.pixels, request.out / plan.file_name(image.index))
-            finished = Finished(plan.record(image.index), image.token_ids.astype(np.int32))
-            append_record(request.out, finished)
-            done[image.index] = finished
-            if traces:
-                traces.save(image)
+        with Storing(folder, 1 if traces else batch) as storing:
+            for image in images:
+                gone += 1
+                storing.put(image)
+                if traces and not image.failure:
+                    storing.flush()  # a trace is of an image that is there
+                    traces.save(image)
+        folder.finish()
         seconds = time.monotonic() - started
-        records = [done[index].record for index in sorted(done)]
-        sheet = write_contact_sheet(request.out, records, request.count, plan.edit)
+        sheet = write_contact_sheet(folder, request.count, plan.edit)
         # Last, so that a run that was stopped before its end has left none in its own way.
-        tokens = save_token_ids(request, done)
+        tokens = save_token_ids(request, folder)
     except BaseException as error:
-        if is_first and not done:
+        made = len(folder.made)
+        if is_first and not made and not len(folder.failed):
             with uninterrupted():
-                take_back([request.out / RECORDS, request.out / plan.file_name(0)])
-        if not done or not isinstance(error, KeyboardInterrupt):
+                folder.take_back()
+        if not made or not isinstance(error, KeyboardInterrupt):
             raise
         raise Interrupted(
-            f"interrupted: {len(done)} of {len(plan.labels)} images are in {request.out}, the "
-            "same command with --resume makes the rest"
+            f"interrupted: {made} of {len(positions)} images are in {request.out}, the same "
+            "command makes the rest"
         ) from None
-    drawings = [traces.drawing(index) for index in sorted(done)] if traces else None
+    notes = list(plan.edit.notes) if plan.edit else []
+    if len(folder.failed):
+        notes.append(f"{len(folder.failed)} images could not be made: see {request.out / FAILURES}")
     return RunResult(
         out=request.out,
-        made=len(done) - made_before,
+        made=len(folder.made) - made_before,
+        failed=len(folder.failed),
         seconds=seconds,
-        records=records,
+        folder=folder,
         contact_sheet=sheet,
         tokens=tokens,
-        traces=drawings,
-        notes=plan.edit.notes if plan.edit else (),
+        traces=[traces.drawing(position) for position in folder.made.tolist()] if traces else None,
+        notes=tuple(notes),
+    )
+
+
+def open_pipeline(request: RunRequest) -> Pipeline:
+    """The bundle, loaded."""
+    return Pipeline.open(request.bundle, device=request.device, threads=request.threads)
+
+
+def prepare_edit(request: EditRequest, pipeline: Pipeline) -> Edit:
+    """What an edit keeps of its image."""
+    return pipeline.prepare_edit(
+        request.source(),
+        request.mask,
+        box=request.box,
+        outpaint=request.outpaint,
+        fit=request.fit,
     )
 
 
 @contextlib.contextmanager
-def locked(out: Path, resume: bool) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Makes the folder `out` if it is not there, and keeps other runs from it.
 
     Raises:
@@ -228,227 +246,8 @@ def locked(out: Path, resume: bool) -> Iterator[None]:
             stack.enter_context(exclusive(lock_file, taken))
         except OSError as error:
             raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
-        check_out(out, resume)  # another run may just have ended
+        check_out(out)  # another run may just have ended
         yield
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """What each image of a run is made from; its index in `labels` is the image's."""
-
-    labels: list[int | None]
-    class_names: list[list[str]]
-    seed: int
-    sampling: Sampling
-    schedule: Schedule
-    vocab_size: int
-    bundle: Path
-    edit: Edit | None = None
-    edit_request: EditRequest | None = None
-
-    @cached_property
-    def common(self) -> Record:
-        """What all images of the run share."""
-        content = self.schedule.group_sizes.tobytes() + self.schedule.orders.tobytes()
-        return {
-            "seed": self.seed,
-            "cfg": self.sampling.cfg,
-            "guidance": self.sampling.guidance,
-            "temperature": self.sampling.temperature,
-            "top_k": self.sampling.top_k,
-            "top_p": self.sampling.top_p,
-            "steps": self.schedule.steps,
-            "schedule_sha256": hashlib.sha256(content).hexdigest(),
-            "bundle": str(self.bundle),
-            "manifest_sha256": sha256(self.bundle / MANIFEST),
-            **self.of_edit,
-        }
-
-    @cached_property
-    def of_edit(self) -> Record:
-        """What all images of an edit share beside; empty for a run."""
-        if not self.edit or not self.edit_request:
-            return {}
-        taken = self.edit.original.tobytes() + self.edit.token_ids.tobytes()
-        return {
-            "image": self.edit_request.image,
-            "image_sha256": hashlib.sha256(taken).hexdigest(),
-            "kept": np.packbits(self.edit.kept).tobytes().hex(),
-            "edit_order": self.edit_request.order,
-            "paste": self.edit_request.paste,
-        }
-
-    def record(self, index: int) -> Record:
-        """How image `index` is made: its line in images.jsonl, but for the token ids."""
-        request = self.requests[index]
-        own = request.order is not None
-        return {
-            "file": self.file_name(index),
-            "index": index,
-            "class_id": self.labels[index],
-            "class_name": display_name(self.class_names, self.labels[index]),
-            "order": None if own else request.chance(self.schedule).order_index,
-            **self.common,
-        }
-
-    def file_name(self, index: int) -> str:
-        """Index and class, as in 00003_red-panda.png."""
-        name = display_name(self.class_names, self.labels[index])
-        slug = re.sub(r"[\W_]+", "-", name.casefold())[:60].strip("-")
-        return f"{index:05d}_{slug or self.labels[index]}.png"
-
-    @cached_property
-    def requests(self) -> list[ImageRequest]:
-        """Each image as the pipeline takes it."""
-        labels, seed, sampling = self.labels, self.seed, self.sampling
-        if self.edit and self.edit_request:
-            order = self.edit_request.order
-            return self.edit.requests(labels, seed, sampling, self.schedule, order)
-        return [ImageRequest(label, seed, i, sampling) for i, label in enumerate(labels)]
-
-    def finish(self, image: GeneratedImage) -> GeneratedImage:
-        """An image as it is saved: of an edit, with the original's pixels where it is kept."""
-        if not self.edit or not self.edit_request or not self.edit_request.paste:
-            return image
-        return replace(image, pixels=self.edit.paste(image.pixels))
-
-    def image(
-        self, index: int, pixels: NDArray[np.uint8], token_ids: NDArray[np.int32]
-    ) -> GeneratedImage:
-        """Image `index` as the pipeline gave it, of what is on disk."""
-        name = display_name(self.class_names, self.labels[index])
-        return GeneratedImage(
-            pixels, token_ids.astype(np.int64), self.requests[index], name, self.schedule
-        )
-
-
-def plan_images(request: RunRequest, pipeline: Pipeline) -> ImagePlan:
-    """What each image is made from, all of it checked.
-
-    Images go round the classes: more of them (a greater -n) leaves the first ones as they are.
-    """
-    manifest = pipeline.manifest
-    labels = resolve_classes(request.classes, manifest.class_names, manifest.model.num_classes)
-    schedule = None
-    if request.schedule:
-        steps = request.steps
-        if steps is None and Path(request.schedule).suffix == ".json":
-            steps = len(manifest.phases)
-        schedule = Schedule.load(request.schedule, steps=steps)
-    return ImagePlan(
-        labels=labels * request.count,
-        class_names=manifest.class_names,
-        seed=request.seed,
-        sampling=pipeline.sampling(
-            cfg=request.cfg,
-            guidance=request.guidance,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-        ),
-        schedule=pipeline.choose_schedule(schedule),
-        vocab_size=manifest.model.vocab_size,
-        bundle=request.bundle,
-    )
-
-
-def plan_edit(request: EditRequest, plan: ImagePlan, pipeline: Pipeline) -> ImagePlan:
-    """The plan of a run whose images keep a part of another one."""
-    edit = pipeline.prepare_edit(
-        request.source(),
-        request.mask,
-        box=request.box,
-        outpaint=request.outpaint,
-        fit=request.fit,
-    )
-    return replace(plan, edit=edit, edit_request=request)
-
-
-# ---------------------------------------------------------------------------------- records
-
-
-def read_records(out: Path, plan: ImagePlan) -> dict[int, Finished]:
-    """The images that are already there, with their token ids, by index.
-
-    Raises:
-        UserError: if they were made in another way than this run would make them.
-    """
-    done: dict[int, Finished] = {}
-    path = out / RECORDS
-    if not path.is_file():
-        return done
-    *lines, _ = path.read_bytes().split(b"\n")  # a last one that a kill cut short is left out
-    for number, line in enumerate(lines, 1):
-        try:
-            record = RECORD.validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-            raise UserError(
-                f"{path}, line {number}: not a record of `lpd-export run` ({what}); choose another "
-                "--out"
-            ) from error
-        index = record["index"]
-        if index >= len(plan.labels):
-            raise UserError(
-                f"{path}, line {number}: image {index} is not among the {len(plan.labels)} of "
-                "this run; choose another --out"
-            )
-        expected = plan.record(index)
-        check_same(record, expected, f"{path}, line {number}")
-        token_ids = read_token_ids(record.get("token_ids"), plan)
-        if token_ids is not None and is_whole(out / record["file"]):
-            done[index] = Finished(expected | {"bundle": record["bundle"]}, token_ids)
-    return done
-
-
-def read_token_ids(value: Any, plan: ImagePlan) -> NDArray[np.int32] | None:
-    """The token ids [S] of a record, or None if it does not hold those of an image."""
-    if not isinstance(value, list) or len(value) != plan.schedule.cells:
-        return None
-    if not all(type(token) is int and 0 <= token < plan.vocab_size for token in value):
-        return None
-    return np.array(value, np.int32)
-
-
-def is_whole(png: Path) -> bool:
-    """Whether an image is there and can be read to its end."""
-    try:
-        with Image.open(png) as picture:
-            picture.load()
-    except (OSError, SyntaxError):  # the latter for a damaged PNG
-        return False
-    return True
-
-
-def check_same(found: Mapping[str, object], expected: Record, where: str) -> None:
-    # What follows from other entries goes last, so that the cause is what is named.
-    for key in sorted(expected, key=lambda key: key in ("file", "order", "index")):
-        value = expected[key]
-        if key != "bundle" and found.get(key) != value:
-            raise UserError(
-                f"{where}: made with {key} {found.get(key)!r}, this run has {value!r}: repeat the "
-                "first run's command, or choose another --out"
-            )
-
-
-def write_records(out: Path, done: Mapping[int, Finished]) -> None:
-    """Starts images.jsonl with what is there, without a line that was cut short."""
-    remove_leftovers(out)
-    lines = [done[index].line() for index in sorted(done)]
-    write_atomically(out / RECORDS, "".join(lines).encode())
-
-
-def append_record(out: Path, finished: Finished) -> None:
-    path = out / RECORDS
-    size = path.stat().st_size
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(finished.line())
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 # ----------------------------------------------------------------------------------- traces
@@ -462,47 +261,48 @@ class Traces:
     """
 
     def __init__(
-        self, folder: Path, pipeline: Pipeline, plan: ImagePlan, report: Callable[[str], None]
+        self, out: Path, pipeline: Pipeline, folder: ImageFolder, report: Callable[[str], None]
     ) -> None:
-        self._folder = folder
+        self._out = out
         self._pipeline = pipeline
-        self._plan = plan
+        self._folder, self._plan = folder, folder.plan
         self._report = report
 
-    def drawing(self, index: int) -> Path:
-        """The drawing of image `index`."""
-        return self._folder / self._plan.file_name(index)
+    def drawing(self, position: int) -> Path:
+        """The drawing of an image."""
+        return self._out / f"{self._plan.stem(position)}.png"
 
-    def pictures(self, index: int) -> list[Path]:
-        """The pictures of image `index`, one a step."""
+    def pictures(self, position: int) -> list[Path]:
+        """The pictures of an image, one a step."""
         steps = self._plan.schedule.steps
         digits = max(2, len(str(steps)))
-        folder = self.drawing(index).with_suffix("")
+        folder = self._out / self._plan.stem(position)
         return [folder / f"step_{step:0{digits}d}.png" for step in range(1, steps + 1)]
 
-    def complete(self, done: Mapping[int, Finished]) -> None:
-        """Saves the trace of each of these images that has none, or not a whole one."""
-        for index in sorted(done):
-            if not all(map(is_whole, (*self.pictures(index), self.drawing(index)))):
-                with Image.open(self._folder.parent / self._plan.file_name(index)) as picture:
-                    pixels = np.asarray(picture)
-                self.save(self._plan.image(index, pixels, done[index].token_ids))
+    def complete(self) -> None:
+        """Saves the trace of each image that is there and has none, or not a whole one."""
+        for record, pixels in self._folder.pixels():
+            position = record["position"]
+            if not all(map(is_whole, (*self.pictures(position), self.drawing(position)))):
+                self.save(Made(position, pixels, record["token_ids"]))
 
-    def save(self, image: GeneratedImage) -> None:
+    def save(self, made: Made) -> None:
         """Writes the trace of an image.
 
         Raises:
             UserError: if it cannot be written.
         """
-        self._report(f"drawing the steps of {self._plan.file_name(image.index)}")
+        assert isinstance(made.content, np.ndarray)
+        image = self._plan.image(made.position, made.content, np.array(made.token_ids))
+        self._report(f"drawing the steps of {self.drawing(made.position).name}")
         pictures = self._pipeline.trace(image)
         which = image.order_index
         order = "its own order" if which is None else f"order {which} of {image.schedule.count}"
         title = f"{image.class_name}  ·  seed {image.seed}, image {image.index}, {order}"
         drawing = draw_trace(pictures, image.schedule.group_sizes, title)
-        paths = self.pictures(image.index)
-        create_folder(self._folder)
-        partial = self._folder / f".{uuid.uuid4().hex}.tmp"
+        paths = self.pictures(made.position)
+        create_folder(self._out)
+        partial = self._out / f".{uuid.uuid4().hex}.tmp"
         try:
             partial.mkdir()
             for path, picture in zip(paths, pictures, strict=True):
@@ -517,7 +317,7 @@ class Traces:
         finally:
             with uninterrupted():
                 shutil.rmtree(partial, ignore_errors=True)
-        save_png(np.asarray(drawing), self.drawing(image.index))
+        save_png(np.asarray(drawing), self.drawing(made.position))
 
 
 # ------------------------------------------------------------------------------------ files
@@ -530,46 +330,45 @@ def create_folder(out: Path) -> None:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
 
-def remove_leftovers(out: Path) -> None:
-    """Removes what a kill cut short."""
-    for leftover in (*out.glob(".*.tmp"), *(out / TRACES).glob(".*.tmp")):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+def without_tokens(record: Record) -> Record:
+    """A record as it is told: token ids are many."""
+    return {key: value for key, value in record.items() if key != "token_ids"}
 
 
-def take_back(files: list[Path]) -> None:
-    """Removes what a run made that came to nothing."""
-    for file in files:
-        with contextlib.suppress(OSError):  # not made yet
-            file.unlink()
-
-
-def save_token_ids(request: RunRequest, done: Mapping[int, Finished]) -> Path | None:
+def save_token_ids(request: RunRequest, folder: ImageFolder) -> Path | None:
     """Writes token ids [images, S] int64, raster order, if they were asked for."""
     if not request.save_tokens:
         return None
-    path, buffer = Path(request.save_tokens), io.BytesIO()
-    np.save(buffer, np.stack([done[index].token_ids for index in sorted(done)]).astype(np.int64))
-    write_atomically(path, buffer.getvalue())
+    path = Path(request.save_tokens)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    shape = len(folder.made), folder.plan.schedule.cells
+    header = {"descr": "<i8", "fortran_order": False, "shape": shape}
+    try:
+        with open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for record in folder.records():
+                file.write(np.array(record["token_ids"], "<i8").tobytes())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
-def write_contact_sheet(out: Path, records: list[Record], count: int, edit: Edit | None) -> Path:
+def write_contact_sheet(folder: ImageFolder, count: int, edit: Edit | None) -> Path | None:
     """Draws the first images, class by class, a row a class where there are several of each.
 
     Of an edit, what was edited and what it keeps come first.
     """
-    shown = records[:SHEET_IMAGES]
-    by_class: dict[int | None, list[Record]] = {}
-    for record in shown:
-        by_class.setdefault(record["class_id"], []).append(record)
-    ordered = [record for group in by_class.values() for record in group]
-    pictures, labels = [], [record["class_name"] for record in ordered]
-    for record in ordered:
-        with Image.open(out / record["file"]) as picture:
-            pictures.append(np.asarray(picture.convert("RGB")))
+    by_class: dict[int | None, list[tuple[Record, Pixels]]] = {}
+    for record, pixels in folder.pixels(SHEET_IMAGES):
+        by_class.setdefault(record["class_id"], []).append((record, pixels))
+    if not by_class:
+        return None
+    shown = [image for group in by_class.values() for image in group]
+    labels = [record["class_name"] for record, _ in shown]
+    pictures = [pixels for _, pixels in shown]
     # Whole classes side by side, as many as are comfortable to look at.
     columns = (
         SHEET_COLUMNS // count * count if count <= SHEET_COLUMNS and len(by_class) > 1 else None
@@ -577,5 +376,5 @@ def write_contact_sheet(out: Path, records: list[Record], count: int, edit: Edit
     if edit:
         pictures, labels = [edit.picture, edit.masked, *pictures], ["original", "mask", *labels]
         columns = min(len(pictures), SHEET_COLUMNS)
-    save_png(np.asarray(contact_sheet(pictures, labels, columns)), out / SHEET)
-    return out / SHEET
+    save_png(np.asarray(contact_sheet(pictures, labels, columns)), folder.out / SHEET)
+    return folder.out / SHEET

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import (
     Field,
@@ -34,6 +34,7 @@ from lpd_export.bounds import (
     checked,
     in_words,
 )
+from lpd_export.bulk.requests_file import read_requests
 from lpd_export.bundle.classes import resolve_classes
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
@@ -41,11 +42,13 @@ from lpd_export.files import check_writable
 
 RECORDS = "images.jsonl"
 LOCK = ".run.lock"
+ImageFormat = Literal["png", "tar", "npz"]
+"""What images are put into."""
 MAX_IMAGES = 1_000_000
 """Of a run; a greater number is a slip of the keyboard."""
 
 Folder = Annotated[Path, Field(strict=False)]
-Index = Annotated[int, Field(ge=0, lt=MAX_IMAGES)]
+Position = Annotated[int, Field(ge=0, lt=MAX_IMAGES)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -73,7 +76,10 @@ class RunRequest:
     threads: int | None = None
     save_tokens: str | None = None
     trace: bool = False
-    resume: bool = False
+    requests: str | None = None
+    format: ImageFormat = "png"
+    per_file: Positive | None = None
+    keep_going: bool = False
 
     @model_validator(mode="wrap")
     @classmethod
@@ -93,7 +99,10 @@ class Record(TypedDict):
     """A line of images.jsonl: how an image was made."""
 
     file: str
-    index: Index
+    """In the folder; of a .tar with the member's name after it."""
+    position: Position
+    """In the run."""
+    index: Seed
     class_id: Annotated[int, Field(ge=0)] | None
     class_name: str
     order: Annotated[int, Field(ge=0)] | None
@@ -125,7 +134,7 @@ RECORD = TypeAdapter(Record)
 
 def check_request(request: RunRequest) -> None:
     """Raises UserError for what can be known to be wrong before anything is loaded."""
-    if not request.classes:
+    if not request.classes and not request.requests:
         raise UserError(
             "say what to draw with --class NAME or --class ID; `lpd-export inspect "
             f"{request.bundle} --classes` lists the classes"
@@ -133,6 +142,11 @@ def check_request(request: RunRequest) -> None:
     checked("--threads", request.threads, Threads | None)
     if request.steps is not None and not request.schedule:
         raise UserError("--steps says how to read a --schedule; alone it has no meaning here")
+    if request.requests and (request.classes or request.count != 1):
+        own = "--class" if request.classes else "-n"
+        raise UserError(f"--requests says what to draw and how often: leave out {own}")
+    if request.trace and request.format != "png":
+        raise UserError(f"--trace draws beside PNGs, not into a .{request.format}: leave out one")
     if request.save_tokens:
         if os.path.lexists(request.save_tokens):
             raise UserError(f"{request.save_tokens} exists: choose another --save-tokens")
@@ -141,24 +155,31 @@ def check_request(request: RunRequest) -> None:
             raise UserError(f"cannot write {request.save_tokens}: its folder does not exist")
         check_writable(folder)
     if not os.path.lexists(request.out / LOCK):  # else another run is writing there
-        check_out(request.out, request.resume)
+        check_out(request.out)
     manifest = Bundle.open(request.bundle).manifest
-    labels = resolve_classes(request.classes, manifest.class_names, manifest.model.num_classes)
-    if len(labels) * request.count > MAX_IMAGES:
-        raise UserError(
-            f"-n {request.count} asks for {len(labels) * request.count} images, a run makes "
-            f"{MAX_IMAGES} at most"
-        )
+    names, classes = manifest.class_names, manifest.model.num_classes
+    if request.requests:
+        lines = read_requests(request.requests)
+        asked = f"{request.requests} asks"
+        counts = {line["class_"]: 0 for line in lines}
+        for line in lines:
+            counts[line["class_"]] += line.get("count", 1)
+    else:
+        asked = f"-n {request.count} asks"
+        counts = dict.fromkeys(request.classes, request.count)
+    images = sum(
+        len(resolve_classes([name], names, classes)) * count for name, count in counts.items()
+    )
+    if images > MAX_IMAGES:
+        raise UserError(f"{asked} for {images} images, a run makes {MAX_IMAGES} at most")
 
 
-def check_out(out: Path, resume: bool) -> None:
-    """Raises UserError unless images can go to `out`: a new or empty folder, or one to resume."""
+def check_out(out: Path) -> None:
+    """Raises UserError unless images can go to `out`: a new or empty folder, or that of a run."""
     check_writable(out)
-    if os.path.lexists(out) and {path.name for path in out.iterdir()} - {LOCK}:
-        if not (out / RECORDS).is_file():
-            raise UserError(f"{out} exists and is not empty: choose another --out")
-        if not resume:
-            raise UserError(
-                f"{out} holds the images of another run: choose another --out, or go on with "
-                "that run by --resume"
-            )
+    if (
+        os.path.lexists(out)
+        and {path.name for path in out.iterdir()} - {LOCK}
+        and not (out / RECORDS).is_file()
+    ):
+        raise UserError(f"{out} exists and is not empty: choose another --out")

@@ -65,6 +65,8 @@ OWN = [
     ),
 ]
 FIRST = ("bundle", "more_classes", "classes")
+BULK = ("requests", "format", "per_file", "keep_going")
+"""What an edit has not."""
 
 
 @click.command(
@@ -74,7 +76,7 @@ FIRST = ("bundle", "more_classes", "classes")
         OF_RUN["more_classes"],
         OF_RUN["classes"],
         *OWN,
-        *(parameter for name, parameter in OF_RUN.items() if name not in FIRST),
+        *(parameter for name, parameter in OF_RUN.items() if name not in FIRST + BULK),
     ]
 )
 def edit(

@@ -152,11 +152,13 @@ class Generator:
                 f"a batch of {images} does not fit in the GPU's memory: use a smaller batch"
             ) from error
         for step, image in (~finite).nonzero().tolist()[:1]:
-            raise NumericalError(
-                f"the logits of step {step + 1} are NaN or infinite: cfg "
-                f"{samplings[image].cfg:g} is too large, or the weights or the precision of this "
-                "bundle are broken"
+            broken = NumericalError(
+                f"the logits of step {step + 1} (phase {step}, {'decode' if step else 'prefill'}) "
+                f"are NaN or infinite: cfg {samplings[image].cfg:g} is too large, or the weights "
+                "or the precision of this bundle are broken"
             )
+            broken.step = step + 1
+            raise broken
         self._finished = True
         return batch.token_ids[:images], batch.images[:images]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lpd_export.bounds import Positive, checked
 from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import Bundle, Manifest
-from lpd_export.errors import UserError
+from lpd_export.errors import NumericalError, UserError
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.pictures import Fit, Picture, fit_picture, read_picture
 from lpd_export.runtime import teacher_forcing, tokenizer
@@ -289,23 +289,39 @@ class Pipeline:
         schedule: Schedule | str | os.PathLike[str] | None = None,
         progress: Callable[[Progress], None] | None = None,
         watch: Watch | None = None,
+        rest_of: Sequence[ImageRequest] | None = None,
+        failed: Callable[[ImageRequest, NumericalError], None] | None = None,
     ) -> Iterator[GeneratedImage]:
         """Images as they are made, one for each request, in their order.
 
         Args:
-            requests: one for each image.
-            batch, schedule, progress: as `generate` takes them.
+            requests: may make its requests when it is asked for them; a batch at a time is kept.
+            batch: how many images are generated together.
+            schedule: instead of the bundle's: a schedule or the file of one.
+            progress: called after each step.
             watch: called after each step with how many are done, and the token ids so far
                 [images, S] int64 of the batch, which the next step overwrites: what
                 `picture_after` draws. Where generations are recorded, once after the last.
+            rest_of: all requests of a run of which these are a part: buffers are as for all.
+            failed: called in the place of an image whose logits are not finite; without, the
+                error is raised, once the images before it are given.
 
         Raises:
             UserError: before the first image, if an argument is out of range.
+            NumericalError: if the logits of an image are not finite.
         """
         self.check_batch(batch)
         for request in requests:
             request.check(self.manifest.model)
-        return self._stream(requests, batch, self.choose_schedule(schedule), progress, watch)
+        whole = requests if rest_of is None else rest_of
+        guided = any(request.sampling.guided for request in whole)
+        size = min(batch, len(whole))
+        schedule = self.choose_schedule(schedule)
+
+        def generated(chunk: Sequence[ImageRequest]) -> list[GeneratedImage]:
+            return self._generate(chunk, size, guided, schedule, progress, watch)
+
+        return self._stream(requests, batch, generated, failed)
 
     def check_batch(self, batch: int) -> None:
         """Raises UserError unless the bundle takes batches of this size."""
@@ -336,46 +352,66 @@ class Pipeline:
         self,
         requests: Sequence[ImageRequest],
         batch: int,
+        generated: Callable[[Sequence[ImageRequest]], list[GeneratedImage]],
+        failed: Callable[[ImageRequest, NumericalError], None] | None,
+    ) -> Iterator[GeneratedImage]:
+        for start in range(0, len(requests), batch):
+            chunk = list(requests[start : start + batch])
+            try:
+                images = generated(chunk)
+            except NumericalError:
+                images = None
+            if images is not None:
+                yield from images
+                continue
+            # Each alone: what an image is, and whether it fails, is not its batch's.
+            for request in chunk:
+                try:
+                    (image,) = generated([request])
+                except NumericalError as error:
+                    if failed is None:
+                        raise
+                    failed(request, error)
+                else:
+                    yield image
+
+    def _generate(
+        self,
+        chunk: Sequence[ImageRequest],
+        size: int,
+        guided: bool,
         schedule: Schedule,
         progress: Callable[[Progress], None] | None,
         watch: Watch | None,
-    ) -> Iterator[GeneratedImage]:
-        generator = self._generator(schedule)
-        # Of every batch, the last and smaller too, so that nothing is bound anew.
-        size = min(batch, len(requests))
-        guided = any(request.sampling.guided for request in requests)
+    ) -> list[GeneratedImage]:
+        """The images of a batch; `size` is of the buffers, that nothing is bound anew."""
+
+        def on_step(step: int, token_ids: torch.Tensor) -> None:
+            if progress is not None:
+                progress(Progress(chunk[0].index, len(chunk), step, schedule.steps))
+            if watch is not None:
+                watch(step, token_ids[: len(chunk)])
+
         nothing = np.full(schedule.cells, -1)
-        for start in range(0, len(requests), batch):
-            chunk = requests[start : start + batch]
-
-            def on_step(
-                step: int,
-                token_ids: torch.Tensor,
-                first: int = chunk[0].index,
-                images: int = len(chunk),
-            ) -> None:
-                if progress is not None:
-                    progress(Progress(first, images, step, schedule.steps))
-                if watch is not None:
-                    watch(step, token_ids[:images])
-
-            given = [nothing if r.given is None else r.given for r in chunk]
-            buffer, images = generator.generate(
-                [request.label for request in chunk],
-                torch.from_numpy(np.stack([r.order_of(schedule) for r in chunk])),
-                torch.from_numpy(np.stack([r.chance(schedule).uniform for r in chunk])),
-                [request.sampling for request in chunk],
-                torch.from_numpy(np.stack(given)),
-                on_step,
-                size,
-                guided,
-            )
-            # Copied before the first yield: the caller may generate others between two images.
-            token_ids = buffer.cpu().numpy().copy()
-            pixels = to_uint8(images.float().cpu().numpy())
-            for row, request in enumerate(chunk):
-                name = display_name(self.manifest.class_names, request.label)
-                yield GeneratedImage(pixels[row], token_ids[row], request, name, schedule)
+        given = [nothing if r.given is None else r.given for r in chunk]
+        buffer, images = self._generator(schedule).generate(
+            [request.label for request in chunk],
+            torch.from_numpy(np.stack([r.order_of(schedule) for r in chunk])),
+            torch.from_numpy(np.stack([r.chance(schedule).uniform for r in chunk])),
+            [request.sampling for request in chunk],
+            torch.from_numpy(np.stack(given)),
+            on_step,
+            size,
+            guided,
+        )
+        # Copied: the caller may generate others between two images.
+        token_ids = buffer.cpu().numpy().copy()
+        pixels = to_uint8(images.float().cpu().numpy())
+        names = [display_name(self.manifest.class_names, request.label) for request in chunk]
+        return [
+            GeneratedImage(pixels[row], token_ids[row], request, names[row], schedule)
+            for row, request in enumerate(chunk)
+        ]
 
     def _generator(self, schedule: Schedule) -> Generator:
         key = schedule.group_sizes.tobytes()

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from commandline import Answer, answer, end, entries, mistake, sentence, start, wait_for
+from lpd_export.bulk.containers import is_whole
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.images import BLANK, save_png
-from lpd_export.run import generate_images, is_whole
+from lpd_export.run import generate_images
 from lpd_export.run_request import RunRequest
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.schedule.orders import step_of_cell
@@ -206,7 +207,7 @@ def test_a_resumed_run_makes_the_traces_that_are_missing(
 
     run(small_bundle, out, *classes)
     assert not (out / "trace").exists()
-    run(small_bundle, out, *classes, "--trace", "--resume")
+    run(small_bundle, out, *classes, "--trace")
     assert traces(out) == whole
 
     (out / "trace/00000_red-panda/step_02.png").unlink()
@@ -219,14 +220,14 @@ def test_a_resumed_run_makes_the_traces_that_are_missing(
     leftover = out / "trace/.0123456789abcdef.tmp"
     leftover.mkdir()
     (leftover / "step_00.png").write_bytes(b"half a PNG")
-    said = answer("run", small_bundle, "--out", out, *classes, "--trace", "--resume")
+    said = answer("run", small_bundle, "--out", out, *classes, "--trace")
     assert said.code == 0, said
     assert said.err.count("drawing the steps of") == 5
     assert traces(out) == whole | {"trace/00000_red-panda/note.txt": b"mine"}
     assert not leftover.exists()
     assert pictures(out) == pictures(tmp_path / "whole")
 
-    again = answer("run", small_bundle, "--out", out, *classes, "--trace", "--resume", "--json")
+    again = answer("run", small_bundle, "--out", out, *classes, "--trace", "--json")
     assert "drawing the steps" not in again.err  # all are there
     result = json.loads(again.out)
     assert result["made"] == 0
@@ -251,7 +252,7 @@ def test_a_stopped_run_leaves_no_half_trace(
     found = traces(out)
     if number == signal.SIGINT:
         assert said.code == 130, said
-        assert f"{len(rows)} of 40 images are in {out}, the same command with --re" in said.err
+        assert f"{len(rows)} of 40 images are in {out}, the same command makes" in said.err
         drawn = [row for row in rows if f"trace/{row['file']}" in found]
         assert len(drawn) in (len(rows) - 1, len(rows))
         names = {name for name in entries(out) if name.startswith("trace")}
@@ -260,7 +261,7 @@ def test_a_stopped_run_leaves_no_half_trace(
         assert len(found) in (5 * len(drawn), 5 * len(drawn) + 4)
     found = {name: content for name, content in found.items() if "/." not in name}
     assert found.items() <= whole.items()
-    run(small_bundle, out, *TRACED, "--resume")
+    run(small_bundle, out, *TRACED)
     assert traces(out) == whole
     assert entries(out) == entries(tmp_path / "whole")
 
@@ -269,7 +270,7 @@ def test_a_trace_that_cannot_be_written(small_bundle: Path, tmp_path: Path) -> N
     run(small_bundle, tmp_path / "a", "--class", "0")
     (tmp_path / "a/trace").write_text("mine")
     before = entries(tmp_path)
-    options = ["--class", "0", "--out", tmp_path / "a", "--trace", "--resume"]
+    options = ["--class", "0", "--out", tmp_path / "a", "--trace"]
     said = mistake("run", small_bundle, *options)
     assert said == f"cannot write to {tmp_path}/a/trace: File exists"
     (tmp_path / "a/trace").unlink()
@@ -431,7 +432,6 @@ def test_where_images_cannot_go(small_bundle: Path, tmp_path: Path) -> None:
         ("file/a/b", f"{tmp_path}/file is not a folder"),
         ("link", f"{tmp_path}/link is not a folder"),
         ("full", "full exists and is not empty: choose another --out"),
-        ("images", "images holds the images of another run: choose another --out, or go on with"),
         ("a" * 300, "File name too long"),
     ):
         assert message in mistake("run", small_bundle, "--class", "0", "--out", tmp_path / out)
@@ -492,8 +492,8 @@ def test_a_stopped_run_goes_on(
     rows = records(out)
     assert 0 < len(rows) < 400
     assert said.err.splitlines()[-1] == (
-        f"lpd-export: interrupted: {len(rows)} of 400 images are in {out}, the same command with "
-        "--resume makes the rest"
+        f"lpd-export: interrupted: {len(rows)} of 400 images are in {out}, the same command "
+        "makes the rest"
     )
     assert "Traceback" not in said.err
     # What is there is whole and recorded.
@@ -502,8 +502,7 @@ def test_a_stopped_run_goes_on(
     assert {row["file"] for row in rows} <= set(pictures(out))
     assert set(entries(out)) == {RECORDS, *pictures(out)}
 
-    assert "holds the images of another run" in mistake("run", small_bundle, *MANY, "--out", out)
-    resumed = answer("run", small_bundle, *MANY, "--out", out, "--resume", "--json")
+    resumed = answer("run", small_bundle, *MANY, "--out", out, "--json")
     assert json.loads(resumed.out)["made"] == 400 - len(rows)
     assert_same(out, uninterrupted)
 
@@ -532,7 +531,7 @@ def test_a_killed_run_goes_on(small_bundle: Path, tmp_path: Path, uninterrupted:
     (out / ".0123456789abcdef.tmp").write_bytes(b"half a PNG")
     last = sorted(pictures(out))[-1]
     (out / last).write_bytes((out / last).read_bytes()[:-30])
-    assert run(small_bundle, out, *MANY, "--resume") == records(uninterrupted)
+    assert run(small_bundle, out, *MANY) == records(uninterrupted)
     assert_same(out, uninterrupted)
 
 
@@ -546,14 +545,13 @@ def fewer(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("resume", [[], ["--resume"]])
 def test_two_runs_do_not_write_to_one_folder(
-    small_bundle: Path, tmp_path: Path, fewer: Path, resume: list[str]
+    small_bundle: Path, tmp_path: Path, fewer: Path
 ) -> None:
     out = tmp_path / "images"
     process = start("run", small_bundle, *FEWER, "--out", out)
     wait_for(process, "images ")
-    said = mistake("run", small_bundle, *FEWER, "--out", out, *resume)
+    said = mistake("run", small_bundle, *FEWER, "--out", out)
     assert said == (f"another run is writing to {out}: wait for it to end, or choose another --out")
     assert process.poll() is None  # it was told while the other ran
     assert end(process).code == 0
@@ -613,16 +611,16 @@ def test_a_resumed_run_saves_the_tokens_of_all_images(
     wait_for(process, "images ")
     process.send_signal(signal.SIGINT)
     said = end(process)
-    assert said.err.splitlines()[-1].endswith("the same command with --resume makes the rest")
+    assert said.err.splitlines()[-1].endswith("the same command makes the rest")
     assert not tokens.exists()
     earlier = records(out)
     assert 0 < len(earlier) < 150
-    run(small_bundle, out, *FEWER, "--save-tokens", tokens, "--resume")
+    run(small_bundle, out, *FEWER, "--save-tokens", tokens)
     assert np.load(tokens).dtype == np.int64
     assert (np.load(tokens) == expected).all()
     assert_same(out, fewer)
     # A run that saved none has them too.
-    run(small_bundle, out, *FEWER, "--save-tokens", out / "later.npy", "--resume")
+    run(small_bundle, out, *FEWER, "--save-tokens", out / "later.npy")
     assert (np.load(out / "later.npy") == expected).all()
 
 
@@ -635,7 +633,7 @@ def test_the_saved_tokens_of_earlier_images_are_those_they_were_made_of(
     row = json.loads(lines[0])
     row["token_ids"] = row["token_ids"][::-1]
     (tmp_path / "a" / RECORDS).write_text("\n".join([json.dumps(row), *lines[1:], ""]))
-    options = ["--class", "0", "1", "-n", 2, "--save-tokens", tmp_path / "ids.npy", "--resume"]
+    options = ["--class", "0", "1", "-n", 2, "--save-tokens", tmp_path / "ids.npy"]
     run(small_bundle, tmp_path / "a", *options)
     assert np.load(tmp_path / "ids.npy")[0].tolist() == row["token_ids"]
     assert len(np.load(tmp_path / "ids.npy")) == 4
@@ -655,18 +653,17 @@ def test_an_image_whose_tokens_are_lost_is_made_again(
     (tmp_path / "a" / RECORDS).write_text("".join(lines))
     options = ["--class", "0", "1", "--out", tmp_path / "a", "--resume", "--json"]
     assert json.loads(answer("run", small_bundle, *options).out)["made"] == 1
-    # The lines are in the order that the images were made in.
-    assert sorted(records(tmp_path / "a"), key=lambda line: line["index"]) == rows
+    assert records(tmp_path / "a") == rows
 
 
 def test_more_images_for_a_finished_run(small_bundle: Path, tmp_path: Path) -> None:
     run(small_bundle, tmp_path / "a", "--class", "0", "1", "-n", 2)
     before = pictures(tmp_path / "a")
-    assert len(run(small_bundle, tmp_path / "a", "--class", "0", "1", "-n", 3, "--resume")) == 6
+    assert len(run(small_bundle, tmp_path / "a", "--class", "0", "1", "-n", 3)) == 6
     assert before.items() <= pictures(tmp_path / "a").items()
     for name in list(before)[:2]:
         (tmp_path / "a" / name).unlink()  # made again
-    run(small_bundle, tmp_path / "a", "--class", "0", "1", "-n", 3, "--resume")
+    run(small_bundle, tmp_path / "a", "--class", "0", "1", "-n", 3)
     assert before.items() <= pictures(tmp_path / "a").items()
 
 
@@ -692,7 +689,7 @@ def test_a_run_is_not_resumed_as_another(
     Schedule.make(4, 6, repulsion=0, count=1).save("4x4.npz")
     run(small_bundle, tmp_path / "a", "--class", "0", "2", "4", "-n", 2)
     before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    again = ["--class", *options.split(), "--out", "a", "--resume"]
+    again = ["--class", *options.split(), "--out", "a"]
     assert message in mistake("run", small_bundle, *again)
     assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 
@@ -705,19 +702,26 @@ def test_a_run_is_not_resumed_with_another_bundle(
         "run", emoji_bundle, "--class", "0", "--out", tmp_path / "a", "--resume"
     )
     shutil.copytree(small_bundle, tmp_path / "moved")  # the same one elsewhere is no other
-    run(tmp_path / "moved", tmp_path / "a", "--class", "0", "--resume")
+    run(tmp_path / "moved", tmp_path / "a", "--class", "0")
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("index", True), ("index", -1), ("cfg", "3"), ("cfg", 1e308), ("steps", 4.5), ("order", [])],
+    [
+        ("position", True),
+        ("position", -1),
+        ("cfg", "3"),
+        ("cfg", 1e308),
+        ("steps", 4.5),
+        ("order", []),
+    ],
 )
 def test_a_record_that_was_altered_is_told(
     small_bundle: Path, tmp_path: Path, key: str, value: object
 ) -> None:
     (row,) = run(small_bundle, tmp_path / "a", "--class", "0")
     (tmp_path / "a" / RECORDS).write_text(json.dumps(row | {key: value}) + "\n")
-    said = mistake("run", small_bundle, "--class", "0", "--out", tmp_path / "a", "--resume")
+    said = mistake("run", small_bundle, "--class", "0", "--out", tmp_path / "a")
     assert f"{RECORDS}, line 1: not a record of `lpd-export run` ({key}: Input should be" in said
 
 
@@ -747,7 +751,7 @@ def test_a_foreign_file_of_records_is_left_alone(
 ) -> None:
     (tmp_path / RECORDS).write_text(line + "\n", encoding="utf-8", errors="surrogateescape")
     before = (tmp_path / RECORDS).read_bytes()
-    said = mistake("run", small_bundle, "--class", "0", "--out", tmp_path, "--resume")
+    said = mistake("run", small_bundle, "--class", "0", "--out", tmp_path)
     assert f"{tmp_path / RECORDS}, line 1: " in said
     assert entries(tmp_path) == [RECORDS]
     assert (tmp_path / RECORDS).read_bytes() == before
@@ -764,9 +768,9 @@ def test_a_disk_that_fills_up(small_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "images"
     said = run_with_little_disk(small_bundle, out, 3000)
     assert sentence(said) == f"cannot write {out / RECORDS}: File too large"
-    # The images so far stay, whole and recorded but for the last.
+    # The images so far stay, whole and recorded but for the last batch.
     assert (out / RECORDS).read_bytes().endswith(b"}\n")
-    assert len(pictures(out)) == len(records(out)) + 1
+    assert len(pictures(out)) == len(records(out)) + 2
     assert set(entries(out)) == {RECORDS, *pictures(out)}
     said = run_with_little_disk(small_bundle, tmp_path / "none", 100)
     assert "cannot write" in sentence(said)

@@ -1,0 +1,63 @@
+"""The images of a plan, made in this process by a pipeline, in the order of their positions.
+
+Does not know where they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from lpd_export.bulk.folder import Made
+from lpd_export.bulk.plan import Plan, Positions, Requests
+from lpd_export.errors import NumericalError
+from lpd_export.runtime.pipeline import Pipeline, Progress
+from lpd_export.runtime.requests import ImageRequest
+
+
+def make_images(
+    pipeline: Pipeline,
+    plan: Plan,
+    positions: Positions,
+    batch: int,
+    keep_going: bool,
+    progress: Callable[[Progress], None] | None = None,
+) -> Iterator[Made]:
+    """An image for each position, or if `keep_going` why there is none.
+
+    Raises:
+        UserError: before the first image, if something is out of range.
+        NumericalError: naming the image whose logits are not finite.
+    """
+    order, failures = iter(positions.tolist()), []
+
+    def failed(request: ImageRequest, error: NumericalError) -> None:
+        position = next(order)
+        told = (
+            f"image {position} ({plan.class_name(position)}, seed {request.seed}, index "
+            f"{request.index}): {error}"
+        )
+        if not keep_going:
+            raise NumericalError(told) from error
+        assert error.step is not None
+        failure = {"step": error.step, "phase": error.step - 1, "error": told}
+        failures.append(Made(position, None, [], failure))
+
+    images = pipeline.stream(
+        Requests(plan, positions),
+        batch=batch,
+        schedule=plan.schedule,
+        progress=progress,
+        rest_of=Requests(plan, np.arange(plan.images)),
+        failed=failed,
+    )
+
+    def made() -> Iterator[Made]:
+        for image in images:
+            yield from failures
+            failures.clear()
+            yield Made(next(order), plan.finish(image.pixels), image.token_ids.tolist())
+        yield from failures
+
+    return made()
