@@ -333,13 +333,13 @@ def append(path: Path, lines: Sequence[bytes]) -> list[int]:
     """Adds lines, on the disk when this returns; gives the places where they begin."""
     if not lines:
         return []
-    with open(path, "ab") as file:
-        start = file.tell()
-        try:
+    start = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
             file.write(b"".join(line + b"\n" for line in lines))
             sync(file)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(path, start)
-            raise OSError(error.errno, error.strerror, str(path)) from error
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, start)  # closed: nothing is written to it any more
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return [start, *(start + np.cumsum([len(line) + 1 for line in lines[:-1]])).tolist()]
