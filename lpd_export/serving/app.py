@@ -257,8 +257,10 @@ class Answer:
             "class_name": display_name(self.model.manifest.class_names, request.label),
         }
         if self._asked.details:
-            order = request.order_of(schedule)[None]
-            content["step_of_cell"] = step_of_cell(order, schedule.group_sizes)[0].tolist()
+            steps = step_of_cell(request.order_of(schedule)[None], schedule.group_sizes)[0]
+            if request.given is not None:
+                steps[request.given >= 0] = -1
+            content["step_of_cell"] = steps.tolist()
         return content
 
     def common(self) -> dict[str, Any]:

@@ -72,7 +72,9 @@ class Settings(BaseModel):
         None, description="By default the bundle's; others take a schedule made for them."
     )
     details: bool = Field(
-        False, description="Adds `step_of_cell` to each image: [cells], raster order, from 0."
+        False,
+        description="Adds `step_of_cell` to each image: [cells], raster order, from 0; -1 where "
+        "it is kept.",
     )
 
 

@@ -180,7 +180,7 @@ def test_an_edit_is_the_pipeline_s(
     made = client.images.edit(
         prompt="bird",
         n=2,
-        extra_body={"seed": 4, "index": 1, "cfg": 3},
+        extra_body={"seed": 4, "index": 1, "cfg": 3, "details": True},
         **way(photo, where),
     )
     assert made.data
@@ -188,6 +188,8 @@ def test_an_edit_is_the_pipeline_s(
     assert made.usage.output_tokens == 16
     for given, image in zip(made.data, expected, strict=True):
         np.testing.assert_array_equal(pixels(given.b64_json or ""), image.pixels)
+        new = np.reshape(given.model_dump()["step_of_cell"], (4, 4)) >= 0
+        np.testing.assert_array_equal(new, where[::4, ::4])
 
 
 @pytest.mark.parametrize(

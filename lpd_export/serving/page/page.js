@@ -92,6 +92,8 @@ class Lane {
     this.field("cfg").value = cfg;
     this.field("steps").value = steps;
     this.field("steps").max = grid * grid;
+    find(".image", this.section).hidden = true;
+    find(".step", this.section).disabled = true;
     this.drawGrid(null);
   }
 
@@ -109,11 +111,13 @@ class Lane {
   }
 
   use(asked) {
-    this.field("model").value = asked.model;
-    this.chooseModel();
+    if (asked.model !== this.field("model").value) {
+      this.field("model").value = asked.model;
+      this.chooseModel();
+    }
+    const { steps, cfg } = this.model;
     for (const name of ["prompt", "cfg", "temperature", "steps", "order", "seed", "guidance", "top_k", "top_p"]) {
-      if (name in asked) this.field(name).value = asked[name];
-      else if (!["steps", "cfg"].includes(name)) this.field(name).value = "";
+      this.field(name).value = asked[name] ?? { steps, cfg }[name] ?? "";
     }
   }
 
@@ -172,7 +176,7 @@ class Lane {
     this.drawGrid(frame.cells, frame.step);
   }
 
-  // The cells coloured by their step, those of later steps faint.
+  // The cells coloured by their step, those of later steps faint; kept ones grey.
   drawGrid(cells, step) {
     const canvas = find(".grid", this.section);
     const pen = canvas.getContext("2d");
@@ -184,7 +188,7 @@ class Lane {
     const last = Math.max(...cells);
     cells.forEach((own, cell) => {
       pen.globalAlpha = own < step ? 1 : 0.15;
-      pen.fillStyle = colour(last ? own / last : 0);
+      pen.fillStyle = own < 0 ? "#9aa0aa" : colour(last ? own / last : 0);
       pen.fillRect((cell % grid) * side, Math.floor(cell / grid) * side, side - 1, side - 1);
     });
     pen.globalAlpha = 1;
@@ -246,8 +250,17 @@ class Mask {
       0, 0, canvas.width, canvas.height);
     this.cells.forEach((on, cell) => {
       if (!on) return;
-      pen.fillStyle = "rgb(214 30 84 / 65%)";
-      pen.fillRect((cell % this.grid) * side, Math.floor(cell / this.grid) * side, side, side);
+      const [left, top] = [(cell % this.grid) * side, Math.floor(cell / this.grid) * side];
+      pen.fillStyle = "rgb(230 232 237 / 80%)";
+      pen.fillRect(left, top, side, side);
+      pen.lineWidth = 2; // hatched, to be seen on any colour
+      pen.strokeStyle = "rgb(27 95 174)";
+      pen.beginPath();
+      for (const [from, to] of [[0, 1], [0.5, 1.5], [-0.5, 0.5]]) {
+        pen.moveTo(left + Math.max(from, 0) * side, top + Math.min(to, 1) * side);
+        pen.lineTo(left + Math.min(to, 1) * side, top + Math.max(from, 0) * side);
+      }
+      pen.stroke();
     });
     if (this.cursor !== null) {
       pen.lineWidth = 3;
@@ -408,11 +421,11 @@ async function copy(card, button, text) {
   shown.value = text;
   shown.hidden = false;
   shown.select(); // to be copied by hand where a page may not
-  const before = button.textContent;
+  button.dataset.says ??= button.textContent;
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
-    setTimeout(() => (button.textContent = before), 1500);
+    setTimeout(() => (button.textContent = button.dataset.says), 1500);
   } catch {
     shown.focus();
   }
