@@ -76,7 +76,7 @@ def read_transparent(picture: str | os.PathLike[str] | io.BytesIO) -> NDArray[np
 
 @contextlib.contextmanager
 def _opened(picture: str | os.PathLike[str] | io.BytesIO) -> Iterator[Image.Image]:
-    name = "the upload" if isinstance(picture, io.BytesIO) else picture
+    name = getattr(picture, "name", "the upload") if isinstance(picture, io.BytesIO) else picture
     if not isinstance(picture, io.BytesIO):
         check_file(picture, "the image", MOST_BYTES)
     try:

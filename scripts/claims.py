@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import math
 import multiprocessing
 import os
 import signal
@@ -53,14 +52,15 @@ from claims_results import Claims, Floor, Row, Variant, draw_curves, table
 from lpd_export import Pipeline
 from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
+from lpd_export.evaluation.classifier import Classifier
+from lpd_export.evaluation.classifier import load as load_classifier
+from lpd_export.evaluation.metrics import Moments, distance_figure, frechet_distance
 from lpd_export.files import sha256, write_atomically
 from lpd_export.images import contact_sheet, save_png
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference import CheckpointError, load_tokenizer
-from training.classifier import Classifier, frechet_distance
-from training.classifier import load as load_classifier
 from training.data import ImageSet, TrainingError, load_image_set, seeded, to_signed
 
 EXIT_FAILED = 1
@@ -75,8 +75,6 @@ CHUNK = 40
 """Images drawn or looked at between two savings."""
 TIMED = 7
 """Images timed of each variant, one at a time, after one that is not."""
-FOLDS = 20
-"""Parts of the samples of which each is left out once, to see how sure a distance is."""
 TOKENIZER_FILE, CLASSIFIER_FILE = "vq.safetensors", "classifier.safetensors"
 
 
@@ -295,21 +293,7 @@ def work(
             raise
 
 
-# ---------------------------------------------------------------------------- distance and time
-
-
-def distance_and_error(real: torch.Tensor, drawn: torch.Tensor) -> tuple[float, float]:
-    """The Fréchet distance between features, and its standard error over the drawn ones.
-
-    The jackknife: the distance again and again without one part of the drawn images.
-    """
-    count = min(FOLDS, len(drawn) // 2)
-    part = torch.arange(len(drawn)) % count
-    left_out = torch.tensor(
-        [frechet_distance(real, drawn[part != number]) for number in range(count)]
-    )
-    variance = (count - 1) * left_out.double().var(unbiased=False)
-    return frechet_distance(real, drawn), math.sqrt(float(variance))
+# ----------------------------------------------------------------------------------------- time
 
 
 @contextlib.contextmanager
@@ -409,12 +393,12 @@ def measure(setting: Setting, steps: list[int], workers: int) -> Claims:
         drawn = [load_arrays(samples_file(variant, setting, *part)) for part in samples]
         features = torch.from_numpy(np.concatenate([part["features"] for part in drawn]))
         seen = np.concatenate([part["seen"] for part in drawn])
-        distance, error = distance_and_error(real, features)
+        distance = distance_figure(Moments.of(real), features)
         measured.append(
             Row(
                 variant=variant,
-                frechet_distance=distance,
-                frechet_distance_error=error,
+                frechet_distance=distance.value,
+                frechet_distance_error=distance.standard_error,
                 accuracy=float(np.mean(seen == labels_of(setting.training, 0, setting.samples))),
                 nats=mean_nats(variant, False, setting),
                 seconds=times[variant],

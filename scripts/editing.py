@@ -33,6 +33,9 @@ from rich.progress import track
 
 from lpd_export import Pipeline, Sampling
 from lpd_export.errors import UserError
+from lpd_export.evaluation.classifier import Classifier
+from lpd_export.evaluation.classifier import load as load_classifier
+from lpd_export.evaluation.metrics import frechet_distance
 from lpd_export.files import write_atomically
 from lpd_export.images import contact_sheet
 from lpd_export.runtime.editing import Edit
@@ -40,8 +43,6 @@ from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference import CheckpointError
 from readme_picture import stack
-from training.classifier import Classifier, frechet_distance
-from training.classifier import load as load_classifier
 from training.data import ImageSet, TrainingError, load_image_set, to_signed
 
 EXIT_MISTAKE = 2

@@ -29,7 +29,6 @@ from claims import (
     CLASSIFIER_FILE,
     EXIT_INTERRUPTED,
     EXIT_MISTAKE,
-    distance_and_error,
     labels_of,
     load_arrays,
     look,
@@ -38,12 +37,13 @@ from claims import (
 from lpd_export import Pipeline
 from lpd_export.bundle.manifest import MANIFEST
 from lpd_export.errors import UserError
+from lpd_export.evaluation.classifier import Classifier
+from lpd_export.evaluation.classifier import load as load_classifier
+from lpd_export.evaluation.metrics import Moments, distance_figure
 from lpd_export.files import sha256, write_atomically
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_reference import CheckpointError
-from training.classifier import Classifier
-from training.classifier import load as load_classifier
 from training.data import ImageSet, TrainingError, load_image_set, to_signed
 
 Arrays = dict[str, np.ndarray]
@@ -133,10 +133,10 @@ def main(
                     drawn = draw(pipeline, classifier, training, sampling, samples, batch)
                 save_arrays(kept / name, **drawn)
             arrays = load_arrays(kept / name)
-            distance, error = distance_and_error(real, torch.from_numpy(arrays["features"]))
+            distance = distance_figure(Moments.of(real), torch.from_numpy(arrays["features"]))
             accuracy = float(arrays["right"].mean())
-            row = {"distance": distance, "error": error, "accuracy": accuracy}
-            rows.append(asdict(sampling) | row)
+            row = {"distance": distance.value, "error": distance.standard_error}
+            rows.append(asdict(sampling) | row | {"accuracy": accuracy})
         write_atomically(out / "sweep.json", (json.dumps(rows, indent=1) + "\n").encode())
     except (UserError, TrainingError, CheckpointError) as error:
         click.echo(f"sweep_guidance: error: {error}", err=True)

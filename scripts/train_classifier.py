@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.classifier import Classifier, ClassifierConfig
+from lpd_export.evaluation.classifier import Classifier, ClassifierConfig
 from training.command import (
     TrainingOptions,
     recipe_options,

@@ -20,7 +20,7 @@ from lpd_export.accuracy.comparison import image_psnr
 from lpd_export.accuracy.thresholds import LIMITS
 from lpd_export.bundle.classes import display_name
 from lpd_export.bundle.manifest import Bundle
-from training.classifier import load
+from lpd_export.evaluation.classifier import load
 from training.data import to_signed
 
 ROOT = Path(__file__).parents[1]

@@ -51,6 +51,9 @@ WORDS = {
     "--quiet --verbose --json",
     "bench": "BUNDLE --batch --against --checkpoint --tokenizer --runs --roofline --device "
     "--threads --details --out --quiet --verbose --json",
+    "evaluate": "BUNDLE|FOLDER|FILE.npz --against --features --per-class --seed --cfg "
+    "--guidance --temperature --top-k --top-p --batch --schedule --device --threads "
+    "--save-statistics --out --quiet --verbose --json",
     "schedule make": "--res --steps --kind --repulsion --proximity --count --seed --stride --out "
     "--force --json",
     "schedule check": "FILE --steps --json",

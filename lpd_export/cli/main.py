@@ -37,6 +37,7 @@ COMMANDS = (
     "serve",
     "verify",
     "bench",
+    "evaluate",
     "schedule",
     "inspect",
     "doctor",

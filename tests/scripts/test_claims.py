@@ -30,10 +30,13 @@ import sweep_guidance
 from lpd_export import Pipeline
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
+from lpd_export.evaluation.classifier import Classifier, ClassifierConfig, load
+from lpd_export.evaluation.evaluate import evaluate
+from lpd_export.evaluation.metrics import frechet_distance
+from lpd_export.evaluation.request import EvaluateRequest
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference import load_lpd, load_tokenizer
-from training.classifier import Classifier, ClassifierConfig, frechet_distance, load
 from training.data import ImageSet, load_image_set, to_signed
 
 pytestmark = pytest.mark.model
@@ -236,6 +239,28 @@ def test_a_row_is_what_the_bundle_generates(parts: Path, measured: Path) -> None
     assert row.accuracy == pytest.approx(float((seen == torch.tensor(labels)).double().mean()))
 
 
+def test_evaluate_says_the_same(parts: Path, measured: Path, tmp_path: Path) -> None:
+    """Of the same images: the distance, its error, and the accuracy."""
+    row = claims_results.Claims.read(measured / "claims.json").rows[4]
+    labels = claims.labels_of(load_image_set(parts / "images", "train"), 0, 48)
+    images = Pipeline.open(parts / "bundle").generate(
+        labels,
+        seed=0,
+        batch=8,
+        schedule=Schedule.make(4, steps=4, repulsion=REPULSION, count=claims.ORDERS),
+    )
+    drawn = tmp_path / "drawn.npz"
+    np.savez(drawn, arr_0=np.stack([image.pixels for image in images]), arr_1=labels)
+    against, features = parts / "images" / "train", parts / "models" / "classifier.safetensors"
+    figures = evaluate(EvaluateRequest(drawn, against, features)).figures
+    distance, accuracy = figures["frechet_distance"], figures["accuracy"]
+    assert distance is not None
+    assert accuracy is not None
+    assert distance.value == pytest.approx(row.frechet_distance, rel=1e-3)
+    assert distance.standard_error == pytest.approx(row.frechet_distance_error, rel=1e-3)
+    assert accuracy.value == row.accuracy
+
+
 @pytest.mark.parametrize("place", [0, 3, 5])
 def test_likelihood_is_the_reference_s(parts: Path, measured: Path, place: int) -> None:
     """The exported graphs, step by step on caches, say the same of images that were held out."""
@@ -302,19 +327,6 @@ def test_labels_do_not_depend_on_how_many(count: int, cut: int, repeats: list[in
     assert claims.labels_of(images, 0, cut) + claims.labels_of(images, cut, count) == whole
     turn = claims.labels_of(images, 0, len(labels))
     assert sorted(turn) == labels.tolist()
-
-
-def test_error_of_a_distance() -> None:
-    """The jackknife's error is about the spread of distances of sets drawn again and again."""
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(400, 6, generator=generator)
-    found = [
-        claims.distance_and_error(real, 1.2 * torch.randn(200, 6, generator=generator) + 0.3)
-        for _ in range(40)
-    ]
-    spread = float(torch.tensor([distance for distance, _ in found]).std())
-    error = float(torch.tensor([error for _, error in found]).mean())
-    assert 0.6 * spread < error < 1.7 * spread
 
 
 # -------------------------------------------------------------------------------- the results

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import editing
-from training.classifier import Classifier, ClassifierConfig
+from lpd_export.evaluation.classifier import Classifier, ClassifierConfig
 
 pytestmark = pytest.mark.model
 

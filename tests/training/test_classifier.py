@@ -1,4 +1,4 @@
-"""The classifier of generated images, the distance between feature sets, and its training."""
+"""The classifier of generated images, and its training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpd_reference.checkpoint import CheckpointError
-from training.classifier import Classifier, ClassifierConfig, frechet_distance, load, square_root
+from lpd_export.errors import UserError
+from lpd_export.evaluation.classifier import Classifier, ClassifierConfig, load
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_classifier.py"
 TINY = ClassifierConfig(classes=3, resolution=32, widths=(16, 32))
@@ -34,100 +31,6 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def tiny() -> Classifier:
     return Classifier(TINY, ("a", "b", "c")).initialize(0).eval()
-
-
-# -------------------------------------------------------------------------- Fréchet distance
-
-SETS = st.tuples(st.integers(2, 40), st.integers(2, 40), st.integers(1, 12), st.integers(0, 99))
-
-
-@given(SETS)
-@hypothesis_settings(deadline=None, max_examples=50)
-def test_no_distance_to_itself(sizes: tuple[int, int, int, int]) -> None:
-    count, _, features, seed = sizes
-    samples = noise(count, features, seed=seed)
-    assert frechet_distance(samples, samples) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(samples, samples.flip(0)) == pytest.approx(0, abs=1e-6)
-
-
-@given(SETS, st.floats(-5, 5))
-@hypothesis_settings(deadline=None, max_examples=50)
-def test_shifted_sets_are_as_far_as_their_means(
-    sizes: tuple[int, int, int, int], shift: float
-) -> None:
-    count, _, features, seed = sizes
-    samples = noise(count, features, seed=seed)
-    by = shift * noise(features, seed=seed + 1)
-    expected = float(by.square().sum())
-    assert frechet_distance(samples, samples + by) == pytest.approx(expected, abs=1e-6)
-
-
-@given(SETS)
-@hypothesis_settings(deadline=None, max_examples=50)
-def test_distance_is_symmetric_and_not_negative(sizes: tuple[int, int, int, int]) -> None:
-    count_a, count_b, features, seed = sizes
-    a, b = noise(count_a, features, seed=seed), 2 * noise(count_b, features, seed=seed + 1) + 1
-    there, back = frechet_distance(a, b), frechet_distance(b, a)
-    assert there == pytest.approx(back, rel=1e-9, abs=1e-6)
-    assert there >= 0
-
-
-def with_deviations(deviations: Tensor, mean: Tensor) -> Tensor:
-    """Samples [2F, F] whose covariance is exactly diagonal."""
-    count = 2 * len(deviations)
-    axes = torch.diag(deviations) * ((count - 1) / 2) ** 0.5
-    return torch.cat([axes, -axes]) + mean
-
-
-def test_closed_form_of_diagonal_covariances() -> None:
-    s, t = noise(20).abs() + 0.1, noise(20, seed=1).abs() + 0.1
-    a, b = with_deviations(s, noise(20, seed=2)), with_deviations(t, noise(20, seed=3))
-    assert torch.allclose(torch.cov(a.T), torch.diag(s**2))
-    expected = (noise(20, seed=2) - noise(20, seed=3)).square().sum() + (s - t).square().sum()
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-9)
-
-
-def test_closed_form_of_rotated_covariances() -> None:
-    turn = torch.linalg.qr(noise(20, 20)).Q
-    s, t = noise(20).abs(), noise(20, seed=1).abs()
-    zero = torch.zeros(20, dtype=torch.float64)
-    a, b = with_deviations(s, zero) @ turn, with_deviations(t, zero) @ turn
-    assert frechet_distance(a, b) == pytest.approx(float((s - t).square().sum()), rel=1e-9)
-
-
-def test_against_the_eigenvalues_of_the_product() -> None:
-    a, b = noise(200, 8) @ noise(8, 8, seed=5), noise(150, 8, seed=1) @ noise(8, 8, seed=6)
-    covariances = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.sqrt().sum()
-    expected = (a.mean(0) - b.mean(0)).square().sum() + sum(c.trace() for c in covariances)
-    assert frechet_distance(a, b) == pytest.approx(float(expected - 2 * root), rel=1e-8)
-
-
-def test_fewer_samples_than_features_and_float16() -> None:
-    a, b = noise(5, 64).half(), (noise(7, 64, seed=1) + 1).half()
-    assert 64 * 0.5 < frechet_distance(a, b) < 64 * 4
-
-
-def test_square_root() -> None:
-    half = noise(9, 4)
-    matrix = half @ half.T  # of rank 4
-    root = square_root(matrix)
-    assert torch.allclose(root @ root, matrix, atol=1e-10)
-    assert torch.allclose(root, root.T)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "words"),
-    [
-        (torch.ones(1, 4), torch.ones(5, 4), "at least 2 samples, not 1"),
-        (torch.ones(5, 4), torch.ones(5, 3), r"not \[5, 4\] and \[5, 3\]"),
-        (torch.ones(5), torch.ones(5), r"not \[5\] and \[5\]"),
-        (torch.ones(5, 4), torch.full((5, 4), torch.nan), "NaN or infinite"),
-    ],
-)
-def test_sets_without_a_distance_are_refused(a: Tensor, b: Tensor, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        frechet_distance(a, b)
 
 
 # ------------------------------------------------------------------------------ the classifier
@@ -178,7 +81,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no classifier .*nothing"):
+    with pytest.raises(UserError, match=r"there is no classifier .*nothing"):
         load(tmp_path / "nothing.safetensors")
 
 
@@ -198,7 +101,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
     save_file(weights, path, header)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="damaged or is not a classifier"):
+    with pytest.raises(UserError, match="damaged or is not a classifier"):
         load(path)
 
 

@@ -1,8 +1,7 @@
-"""A small image classifier, and the Fréchet distance between sets of its features.
+"""A small image classifier, whose features and verdicts measure generated images.
 
-It measures generated images: whether they are of the class that was asked for, and how far their
-distribution is from that of real ones. It knows nothing of what generates them. Distances are
-comparable only between features of one classifier; they are no FID, whose features are Inception's.
+It says whether they are of the class that was asked for. It knows nothing of what generates them,
+nor what is made of its features. Training it is `scripts/train_classifier.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpd_reference.checkpoint import CheckpointError
+from lpd_export.errors import UserError
 
 GROUP_CHANNELS = 16
 """Channels that a group normalization takes together."""
@@ -139,10 +138,10 @@ def load(path: Path) -> Classifier:
     """A trained classifier in float32 on the CPU, for use and not for training.
 
     Raises:
-        CheckpointError: if there is no such file, or it is damaged or not a classifier.
+        UserError: if there is no such file, or it is damaged or not a classifier.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no classifier {path}: train one with train_classifier.py")
+        raise UserError(f"there is no classifier {path}: train one with train_classifier.py")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -152,52 +151,7 @@ def load(path: Path) -> Classifier:
         model = Classifier(config, tuple(json.loads(header[CLASSES_KEY])))
         model.load_state_dict(state)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
+        raise UserError(
             f"{path} is damaged or is not a classifier: train one with train_classifier.py"
         ) from error
     return model.requires_grad_(False).eval()
-
-
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """The squared Fréchet distance between Gaussians fitted to two sets of features.
-
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), with A and B the unbiased covariances. A set
-    of not many more samples than features gives too large a distance: compare sets of one size.
-
-    Args:
-        features_a: [N, F], of any float type; computed in float64.
-        features_b: [M, F].
-
-    Raises:
-        ValueError: if a set has fewer than two samples, they differ in F, or hold NaN or infinity.
-    """
-    if features_a.ndim != 2 or features_b.ndim != 2 or features_a.shape[1] != features_b.shape[1]:
-        raise ValueError(
-            f"features must be [N, F] and [M, F], not {list(features_a.shape)} and "
-            f"{list(features_b.shape)}"
-        )
-    for features in (features_a, features_b):
-        if len(features) < 2:
-            raise ValueError(f"a covariance takes at least 2 samples, not {len(features)}")
-        if not features.isfinite().all():
-            raise ValueError("features must be finite, but some are NaN or infinite")
-    a, b = features_a.double(), features_b.double()
-    covariance_a, covariance_b = covariance(a), covariance(b)
-    # tr((A B)^(1/2)) is the sum of the singular values of A^(1/2) B^(1/2): never a root of a
-    # non-symmetric product, whose eigenvalues rounding makes complex.
-    overlap = torch.linalg.svdvals(square_root(covariance_a) @ square_root(covariance_b)).sum()
-    spread = covariance_a.trace() + covariance_b.trace() - 2 * overlap
-    distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + spread
-    return max(float(distance), 0.0)  # rounding can take it a little below
-
-
-def covariance(samples: Tensor) -> Tensor:
-    """The unbiased covariance [F, F] of samples [N, F]."""
-    centred = samples - samples.mean(dim=0)
-    return centred.T @ centred / (len(samples) - 1)
-
-
-def square_root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a symmetric matrix [F, F] without negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

@@ -1,0 +1,1 @@
+"""How good images are: features of them, and the distances and shares that follow."""
