@@ -8,6 +8,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before anything imports Triton, which looks at it once: its kernels run without a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import onnx_ir as ir
 import pytest
 import torch

@@ -20,7 +20,7 @@ from lpd_export.bundle.manifest import ModelDescription
 from lpd_export.errors import NumericalError, UserError
 from lpd_export.graphs import contract
 from lpd_export.runtime.executor import Executor, Run
-from lpd_export.runtime.sampler import Sampling, SamplingRows, guide, sample
+from lpd_export.runtime.sampler import Sampling, SamplingRows, StepCells, choose_draw_step
 from lpd_export.schedule.phases import Phase, attention_mask
 
 OnStep = Callable[[int, Tensor], None]
@@ -151,7 +151,8 @@ class Generator:
             raise UserError(
                 f"a batch of {images} does not fit in the GPU's memory: use a smaller batch"
             ) from error
-        for step, image in (~finite).nonzero().tolist()[:1]:
+        for cell, image in (~finite).T.nonzero().tolist()[:1]:
+            step = next(p.index for p in self._phases if cell < p.first_cell + p.queries)
             broken = NumericalError(
                 f"the logits of step {step + 1} (phase {step}, {'decode' if step else 'prefill'}) "
                 f"are NaN or infinite: cfg {samplings[image].cfg:g} is too large, or the weights "
@@ -185,7 +186,7 @@ class Generator:
             return
         # All settings are in buffers: only whether there is anything to filter is launched or not.
         if filtered not in self._recordings:
-            work = partial(batch.launch, filtered, lambda step, token_ids: None)
+            work = partial(batch.launch, filtered)
             self._recordings[filtered] = self._executor.record(work)
         self._recordings[filtered]()
         on_step(len(self._phases), batch.token_ids)
@@ -225,8 +226,9 @@ class Batch:
             )
         )
         self.given = integers(size, cells)  # in generation order, below 0 where a token is drawn
+        self._drawn = integers(size, cells)  # likewise
+        self.finite = torch.ones(size, cells, dtype=torch.bool, device=device)  # likewise
         self.token_ids = integers(size, cells)
-        self.finite = torch.ones(len(phases), size, dtype=torch.bool, device=device)
         cache_shape = (rows, model.heads, cells + 1, model.head_dim)
         self._caches = {
             f"{kind}_{layer}": floats(*cache_shape)
@@ -309,26 +311,27 @@ class Batch:
         for buffer, values in zip(self.sampling, rows, strict=True):
             buffer.copy_(values)
         self.steps[0].token_ids.copy_(conditions(model, labels, samplings, self.guided))
+        positions = torch.cat([torch.zeros_like(self.orders[:, :1]), self.orders + 1], dim=1)
+        for step in self.steps:
+            first = step.phase.write_index
+            self._copy_to_rows(step.positions, positions[:, first : first + step.phase.tokens])
 
-    def launch(self, filtered: bool, on_step: OnStep) -> None:
+    def launch(self, filtered: bool, on_step: OnStep | None = None) -> None:
         """Generates `token_ids` and `images` from the loaded inputs."""
-        sequence = torch.cat([torch.zeros_like(self.orders[:, :1]), self.orders + 1], dim=1)
+        draw_step = choose_draw_step(self._executor.device)
         for number, step in enumerate(self.steps):
-            phase = step.phase
-            cells = slice(phase.first_cell, phase.first_cell + phase.queries)
-            written = sequence[:, phase.write_index : phase.write_index + phase.tokens]
-            self._copy_to_rows(step.positions, written)
             step.run()
-            scale = self.sampling.scale[:, cells]
-            logits = guide(step.logits, scale) if self.guided else step.logits
-            self.finite[number] = logits.isfinite().flatten(1).all(dim=1)
-            drawn = sample(logits, self.uniform[:, cells], self.sampling, filtered)
-            given = self.given[:, cells]
-            tokens = torch.where(given < 0, drawn, given)
-            self.token_ids.scatter_(1, self.orders[:, cells], tokens)
+            views = (self.uniform, self.sampling.scale, self.given, self._drawn, self.finite)
+            first = step.phase.first_cell
+            cells = StepCells(*(view[:, first : first + step.phase.queries] for view in views))
+            draw_step(step.logits, cells, self.sampling, self.guided, filtered)
             if number + 1 < len(self.steps):
-                self._copy_to_rows(self.steps[number + 1].token_ids, tokens)
-            on_step(number + 1, self.token_ids)
+                self._copy_to_rows(self.steps[number + 1].token_ids, cells.tokens)
+            if on_step is not None:
+                of_step = self.orders[:, first : first + step.phase.queries]
+                self.token_ids.scatter_(1, of_step, cells.tokens)
+                on_step(number + 1, self.token_ids)
+        self.token_ids.scatter_(1, self.orders, self._drawn)
         for run in self._detokenize:
             run()
 

@@ -7,8 +7,12 @@ from the host, so that on a GPU they can be captured with the graphs around them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import product
 from typing import NamedTuple, Self, get_args
 
 import torch
@@ -20,6 +24,10 @@ GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
 
 BANDS = 32
 """Bands of probability, a factor of e each, in which tokens are laid out; the last has the rest."""
+
+WHOLE = 2.0**44
+"""The weight of a row's most probable token. Weights are whole numbers, whose sums are the same in
+any order: whatever adds them up draws the same. A sum of 2^18 tokens fits in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,96 @@ class SamplingRows(NamedTuple):
         )
 
 
+class StepCells(NamedTuple):
+    """What is drawn from and to at the cells of a step: [B, Q], views of [B, S]."""
+
+    uniform: Tensor
+    """float64 in [0, 1)."""
+    scale: Tensor
+    """float32, the guidance factor."""
+    given: Tensor
+    """int64, the token to be taken instead of a draw; below 0 if there is none."""
+    tokens: Tensor
+    """int64, written."""
+    finite: Tensor
+    """bool, written: whether the guided logits are finite; the token is any if not."""
+
+
+DrawStep = Callable[[Tensor, StepCells, SamplingRows, bool, bool], None]
+
+
+def draw_step(
+    logits: Tensor, cells: StepCells, rows: SamplingRows, guided: bool, filtered: bool
+) -> None:
+    """Draws the tokens of a step into `cells`.
+
+    Args:
+        logits: [R, Q, V], conditional rows and, if guided, null rows after them.
+        cells: of the step.
+        rows: the settings of each image.
+        guided: whether there are null rows.
+        filtered: whether any image has a filter.
+    """
+    logits = guide(logits, cells.scale) if guided else logits
+    drawn, finite = sample(logits, cells.uniform, rows, filtered)
+    cells.finite.copy_(finite)
+    torch.where(cells.given < 0, drawn, cells.given, out=cells.tokens)
+
+
+@cache
+def choose_draw_step(device: torch.device) -> DrawStep:
+    """How to draw on a device: `draw_step`, or the same in one or two kernels on a GPU with Triton.
+
+    The kernels are tried first, against `draw_step`; a RuntimeWarning says why they are not used.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return draw_step
+    try:
+        from lpd_export.runtime import triton_sampler
+
+        difference = first_difference(triton_sampler.draw_step, device)
+    except Exception as error:  # of a compiler, a driver or Triton itself
+        difference = f"{type(error).__name__}: {error}".splitlines()[0]
+    if difference is None:
+        return triton_sampler.draw_step
+    warnings.warn(
+        f"tokens are drawn in some 40 launches a step, which takes longer than Triton's kernels: "
+        f"{difference}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return draw_step
+
+
+def first_difference(draw: DrawStep, device: torch.device) -> str | None:
+    """What a way to draw does unlike `draw_step`, with all settings that it may be given."""
+    shape = images, queries, vocab_size = 4, 5, 3000
+    chance = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2 * images, queries, vocab_size, generator=chance)
+    uniform = torch.rand(shape[:2], dtype=torch.float64, generator=chance)
+    samplings = [
+        Sampling(cfg=4.8),
+        Sampling(cfg=2, temperature=0.5, top_k=40),
+        Sampling(cfg=3, top_p=0.9),
+        Sampling(guidance="constant", temperature=2, top_k=500, top_p=0.5),
+    ]
+    rows = SamplingRows.of(samplings, queries, vocab_size)
+    rows = SamplingRows(*(values.to(device) for values in rows))
+    given = torch.full(shape[:2], -1).index_fill_(1, torch.tensor([2]), 7)
+    for guided, filtered in product((False, True), repeat=2):
+        results = []
+        for one in (draw, draw_step):
+            tokens, finite = torch.zeros_like(given), torch.zeros_like(given, dtype=torch.bool)
+            views = (uniform, rows.scale, given, tokens, finite)
+            cells = StepCells(*(values.to(device) for values in views))
+            of_step = logits if guided else logits[:images]
+            one(of_step.to(device), cells, rows, guided, filtered)
+            results.append((cells.tokens, cells.finite))
+        if not all(a.equal(b) for a, b in zip(*results, strict=True)):
+            return f"they draw other tokens here (guided: {guided}, filtered: {filtered})"
+    return None
+
+
 def guide(logits: Tensor, scale: Tensor) -> Tensor:
     """Guided logits [B, Q, V] float32 of conditional rows, then null rows: [2B, Q, V].
 
@@ -94,48 +192,58 @@ def guide(logits: Tensor, scale: Tensor) -> Tensor:
     return null + scale.unsqueeze(-1) * (conditional - null)
 
 
-def sample(logits: Tensor, uniform: Tensor, rows: SamplingRows, filtered: bool = True) -> Tensor:
-    """Token ids [B, Q] int64: the inverse of the filtered distribution's CDF at uniform [B, Q].
+def sample(
+    logits: Tensor, uniform: Tensor, rows: SamplingRows, filtered: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The inverse of the filtered distribution's CDF at uniform [B, Q].
 
-    logits: [B, Q, V], after guidance. uniform: float64 in [0, 1). filtered: whether any row has a
-    filter: without, they are not looked at, and nothing is sorted.
+    Args:
+        logits: [B, Q, V], after guidance.
+        uniform: float64 in [0, 1).
+        rows: the settings of each image.
+        filtered: whether any row has a filter: without, they are not looked at, nothing is sorted.
 
     Tokens are laid out along [0, 1) in bands of probability and by id within a band (see
     `lpd_reference.generate.draw`), so that backends whose logits differ by rounding draw the same.
     The band is found first, then the token in it: a sort would take longer than all the rest.
+
+    Returns:
+        token ids [B, Q] int64, and whether all logits were finite [B, Q]: if not, any token.
     """
-    kept = logits.float() / rows.temperature[:, None, None]
+    logits = logits.float()
+    low, high = logits.aminmax(dim=-1, keepdim=True)  # either is NaN if any logit is
+    finite = (low.isfinite() & high.isfinite()).squeeze(-1)
+    temperature = rows.temperature[:, None, None]
+    kept = logits / temperature
+    # NaN has no depth, but must not break a lookup.
+    depth = (high / temperature - kept).nan_to_num_(nan=0.0)
+    weight = depth.double().neg_().exp_().mul_(WHOLE).add_(0.5).long()
     if filtered:
-        kept = _filter(kept, rows)
-    depth = kept.amax(dim=-1, keepdim=True) - kept
-    # NaN has no band, but must not break this lookup or the next: the caller reports it.
-    band = depth.nan_to_num(nan=0.0).clamp_(max=BANDS - 1).long()
-    weight = depth.double().neg_().exp_()
+        weight = _filter(kept, weight, rows)
+    band = depth.clamp_(max=BANDS - 1).long()
     mass = weight.new_zeros(*weight.shape[:-1], BANDS).scatter_add_(-1, band, weight)
-    chosen, rest = _invert(mass, uniform.unsqueeze(-1))
-    within = torch.where(band == chosen, weight, 0.0)
-    return _invert(within, rest)[0].squeeze(-1)
+    total = mass.sum(dim=-1)
+    target = (uniform * total).long().minimum(total - 1).unsqueeze(-1)
+    chosen, rest = _find(mass, target)
+    within = weight.masked_fill_(band != chosen, 0)
+    return _find(within, rest)[0].squeeze(-1), finite
 
 
-def _invert(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Where uniform [..., 1] falls among weights [..., N], and how far into it, in [0, 1)."""
+def _find(weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where target [..., 1] falls among weights [..., N] laid end to end, and how far into it."""
     cumulative = weight.cumsum(dim=-1)
-    target = uniform * cumulative[..., -1:]
-    place = torch.searchsorted(cumulative, target, right=True).clamp_(max=weight.shape[-1] - 1)
-    size = weight.gather(-1, place)
-    into = (target - (cumulative.gather(-1, place) - size)) / size
-    return place, into.clamp_(0, 1 - 2**-53)
+    place = torch.searchsorted(cumulative, target, right=True)
+    before = cumulative.gather(-1, place) - weight.gather(-1, place)
+    return place, target - before
 
 
-def _filter(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """Logits with everything outside the top k, then outside the top-p nucleus, at -inf."""
+def _filter(logits: Tensor, weight: Tensor, rows: SamplingRows) -> Tensor:
+    """Weights [B, Q, V], 0 outside the top k of logits and then outside the top-p nucleus."""
     ranked, index = logits.sort(dim=-1, descending=True, stable=True)
     last = (rows.top_k - 1)[:, None, None].expand(*ranked.shape[:-1], 1)
-    least = ranked.gather(-1, last)
-    probability = ranked.masked_fill(ranked < least, -torch.inf).softmax(dim=-1)
-    # What comes before the first entry sums to 0, so the first always stays.
-    before = (probability.cumsum(dim=-1) - probability).clamp_(min=0)
-    outside = before >= rows.top_p[:, None, None]
-    outside[..., :1] = False
-    outside = outside.scatter(-1, index, outside)
-    return logits.masked_fill(outside | (logits < least), -torch.inf)
+    outside = ranked < ranked.gather(-1, last)
+    cumulative = weight.gather(-1, index).masked_fill_(outside, 0).cumsum(dim=-1)
+    reached = rows.top_p.double()[:, None, None] * cumulative[..., -1:]
+    # A token stays while those before it have not reached p: the first always does.
+    outside[..., 1:] |= cumulative[..., :-1] >= reached
+    return weight.masked_fill(outside.scatter(-1, index, outside), 0)

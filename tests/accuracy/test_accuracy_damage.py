@@ -20,9 +20,9 @@ from lpd_export.accuracy.request import VerifyRequest
 from lpd_export.accuracy.results import GENERATION, SEQUENCE, Verification
 from lpd_export.accuracy.verify import verify
 from lpd_export.bundle.manifest import Bundle
-from lpd_export.runtime import sampler
 from lpd_export.runtime.generator import Batch
 from lpd_export.runtime.randomness import ImageRandomness, image_randomness
+from lpd_export.runtime.sampler import guide, sample
 from lpd_export.schedule.phases import Phase, attention_mask
 
 pytestmark = pytest.mark.model
@@ -324,12 +324,12 @@ def shifted_mask(phase: Phase, cells: int, masked: float, *options: Any) -> NDAr
 
 def guide_twice(logits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     null = logits.float().tensor_split(2)[1]
-    return sampler.guide(torch.cat([sampler.guide(logits, scale), null]), scale)
+    return guide(torch.cat([guide(logits, scale), null]), scale)
 
 
-def sample_in_reverse(logits: torch.Tensor, uniform: torch.Tensor, *settings: Any) -> torch.Tensor:
+def sample_in_reverse(logits: torch.Tensor, uniform: torch.Tensor, *settings: Any) -> Any:
     """The uniform numbers of the cells of a step, given to them from the last."""
-    return sampler.sample(logits, uniform.flip(1), *settings)
+    return sample(logits, uniform.flip(1), *settings)
 
 
 def next_order(seed: int, image_index: int, cells: int, orders: int) -> ImageRandomness:
@@ -375,7 +375,7 @@ def test_a_wrong_mask_wherever_it_is_used(
 def test_guidance_applied_twice(
     lifelike_bundle: LifelikeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtime.generator", "runtime.teacher_forcing", "accuracy.bundle_side"):
+    for module in ("runtime.sampler", "runtime.teacher_forcing", "accuracy.bundle_side"):
         monkeypatch.setattr(f"lpd_export.{module}.guide", guide_twice)
     found = verified(lifelike_bundle("fp32"), tmp_path / "report")
     # Linear guidance is 1 for the first cell, the only one of phase_00: twice is once.
@@ -388,11 +388,11 @@ def test_guidance_applied_twice(
 @pytest.mark.parametrize(
     ("precision", "place", "fault"),
     [
-        ("fp32", "runtime.generator.guide", guide_twice),
-        ("fp16", "runtime.generator.guide", guide_twice),
-        ("int8", "runtime.generator.guide", guide_twice),
-        ("fp32", "runtime.generator.sample", sample_in_reverse),
-        ("int8", "runtime.generator.sample", sample_in_reverse),
+        ("fp32", "runtime.sampler.guide", guide_twice),
+        ("fp16", "runtime.sampler.guide", guide_twice),
+        ("int8", "runtime.sampler.guide", guide_twice),
+        ("fp32", "runtime.sampler.sample", sample_in_reverse),
+        ("int8", "runtime.sampler.sample", sample_in_reverse),
         ("fp32", "runtime.requests.image_randomness", next_order),
         ("int8", "runtime.requests.image_randomness", next_order),
         ("fp32", "runtime.generator.Batch.load", ignored),

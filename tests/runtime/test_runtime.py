@@ -320,10 +320,10 @@ def test_sampler_draws_what_the_reference_draws(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     expected = draw(filter_logits(logits / temperature, top_k, top_p), uniform)
     rows = SamplingRows.of([sampling] * 2, 3, 32)
-    assert sample(logits, uniform, rows, sampling.filtered).equal(expected)
+    assert sample(logits, uniform, rows, sampling.filtered)[0].equal(expected)
     # Beside an image that is filtered in another way, its own are what they are alone.
     other = Sampling(top_k=3, top_p=0.5, temperature=2.0)
-    mixed = sample(logits, uniform, SamplingRows.of([other, sampling], 3, 32))
+    mixed, _ = sample(logits, uniform, SamplingRows.of([other, sampling], 3, 32))
     assert mixed[1].equal(expected[1])
 
 
@@ -333,9 +333,11 @@ def test_sampler_stays_in_the_vocabulary_at_the_ends() -> None:
     rows = SamplingRows.of([Sampling()], 2, 8)
     for end in (0.0, 1 - 2**-53):
         uniform = torch.full((1, 2), end, dtype=torch.float64)
-        assert sample(logits, uniform, rows).eq(3).all()
+        assert sample(logits, uniform, rows)[0].eq(3).all()
     broken = torch.full((1, 2, 8), torch.nan)
-    assert sample(broken, torch.zeros(1, 2, dtype=torch.float64), rows).lt(8).all()
+    tokens, finite = sample(broken, torch.zeros(1, 2, dtype=torch.float64), rows)
+    assert tokens.lt(8).all()
+    assert not finite.any()
 
 
 def test_guidance_is_the_references() -> None:
