@@ -21,7 +21,8 @@ import numpy as np
 from lpd_export.bulk.containers import Pixels, container, is_whole
 from lpd_export.bulk.folder import FAILURES, ImageFolder, Made
 from lpd_export.bulk.making import make_images
-from lpd_export.bulk.plan import Record, make_plan, with_edit
+from lpd_export.bulk.plan import Plan, Record, make_plan, with_edit
+from lpd_export.bulk.shards import Shards, copy_images, shard_positions, write_shard
 from lpd_export.bulk.storing import Storing
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.edit_request import EditRequest
@@ -119,9 +120,9 @@ def generate_images(
         Interrupted: on Ctrl-C, once what is finished is on disk.
     """
     check_request(request)
-    missing = [f for f in (request.out, *request.out.parents) if not os.path.lexists(f)]
+    missing = [f for f in (request.folder, *request.folder.parents) if not os.path.lexists(f)]
     try:
-        with locked(request.out):
+        with locked(request.folder):
             return write_images(request, edit, report, advance)
     except BaseException:
         with uninterrupted():
@@ -145,20 +146,24 @@ def write_images(
         report(f"loading {request.bundle}")
         pipeline = open_pipeline(request)
         plan = with_edit(plan, prepare_edit(edit, pipeline), edit)
-    positions = np.arange(plan.images)
-    kind = container(
-        request.format, request.out, manifest.resolution, plan.images, request.per_file
-    )
-    is_first = not (request.out / RECORDS).exists()
-    folder = ImageFolder(request.out, plan, positions, kind, request.keep_going)
+    positions = shard_positions(plan.images, request.shard_number)
+    out = request.folder
+    kind = container(request.format, out, manifest.resolution, plan.images, request.per_file)
+    is_first = not (out / RECORDS).exists()
+    folder = ImageFolder(out, plan, positions, kind, request.keep_going)
     made_before, gone_before = len(folder.made), len(positions) - len(folder.missing)
-    if pipeline is None and (len(folder.missing) or request.trace):
+    if pipeline is None and not request.workers and (len(folder.missing) or request.trace):
         report(f"loading {request.bundle}")
         pipeline = open_pipeline(request)
     images: Iterator[Made] = iter(())
     batch = request.batch or min(DEFAULT_BATCH, manifest.max_batch or DEFAULT_BATCH)
     gone = gone_before
-    if pipeline and len(folder.missing):
+    if request.workers and len(folder.missing):
+        from lpd_export.bulk.workers import made_by_workers  # Ray need not be there
+
+        report(f"starting {request.workers} workers")
+        images = made_by_workers(request, request.workers, bundle, folder.missing, batch)
+    elif pipeline and len(folder.missing):
         images = make_images(
             pipeline,
             plan,
@@ -169,10 +174,12 @@ def write_images(
         )
     traces = None
     if pipeline and request.trace:
-        traces = Traces(request.out / TRACES, pipeline, folder, report)
+        traces = Traces(out / TRACES, pipeline, plan, folder, report)
     started = time.monotonic()
     try:
         folder.restore()
+        if shard := request.shard_number:
+            write_shard(request, plan, shard)
         if traces:
             traces.complete()
         report("generating")
@@ -180,6 +187,8 @@ def write_images(
             for image in images:
                 gone += 1
                 storing.put(image)
+                if request.workers:
+                    advance(Advance(Progress(image.position, 1, 1, 1), gone - 1, len(positions)))
                 if traces and not image.failure:
                     storing.flush()  # a trace is of an image that is there
                     traces.save(image)
@@ -187,7 +196,7 @@ def write_images(
         seconds = time.monotonic() - started
         sheet = write_contact_sheet(folder, request.count, plan.edit)
         # Last, so that a run that was stopped before its end has left none in its own way.
-        tokens = save_token_ids(request, folder)
+        tokens = save_token_ids(request, plan, folder)
     except BaseException as error:
         made = len(folder.made)
         if is_first and not made and not len(folder.failed):
@@ -196,14 +205,14 @@ def write_images(
         if not made or not isinstance(error, KeyboardInterrupt):
             raise
         raise Interrupted(
-            f"interrupted: {made} of {len(positions)} images are in {request.out}, the same "
+            f"interrupted: {made} of {len(positions)} images are in {out}, the same "
             "command makes the rest"
         ) from None
     notes = list(plan.edit.notes) if plan.edit else []
     if len(folder.failed):
-        notes.append(f"{len(folder.failed)} images could not be made: see {request.out / FAILURES}")
+        notes.append(f"{len(folder.failed)} images could not be made: see {out / FAILURES}")
     return RunResult(
-        out=request.out,
+        out=out,
         made=len(folder.made) - made_before,
         failed=len(folder.failed),
         seconds=seconds,
@@ -213,6 +222,41 @@ def write_images(
         traces=[traces.drawing(position) for position in folder.made.tolist()] if traces else None,
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge has written."""
+
+    out: Path
+    images: int
+    failed: int
+    shards: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**vars(self), "out": str(self.out)}
+
+
+def merge_shards(source: Path, out: Path, report: Callable[[str], None]) -> MergeResult:
+    """Writes what a run without shards would have written; stopped, it goes on when called again.
+
+    Raises:
+        UserError: if a shard is missing or not whole, or something cannot be written.
+    """
+    check_out(out)
+    shards = Shards(source)
+    of = shards.of
+    with locked(out):
+        kind = container(of["format"], out, of["resolution"], shards.images, of["per_file"])
+        positions = shard_positions(shards.images, None)
+        folder = ImageFolder(out, shards, positions, kind, keep_going=True)
+        folder.restore()
+        report(f"merging {of['shards']} shards")
+        copy_images(shards, folder)
+        folder.finish()
+        write_contact_sheet(folder, of["per_class"], None)
+    return MergeResult(out, len(folder.made), len(folder.failed), of["shards"])
 
 
 def open_pipeline(request: RunRequest) -> Pipeline:
@@ -261,11 +305,16 @@ class Traces:
     """
 
     def __init__(
-        self, out: Path, pipeline: Pipeline, folder: ImageFolder, report: Callable[[str], None]
+        self,
+        out: Path,
+        pipeline: Pipeline,
+        plan: Plan,
+        folder: ImageFolder,
+        report: Callable[[str], None],
     ) -> None:
         self._out = out
         self._pipeline = pipeline
-        self._folder, self._plan = folder, folder.plan
+        self._plan, self._folder = plan, folder
         self._report = report
 
     def drawing(self, position: int) -> Path:
@@ -335,13 +384,13 @@ def without_tokens(record: Record) -> Record:
     return {key: value for key, value in record.items() if key != "token_ids"}
 
 
-def save_token_ids(request: RunRequest, folder: ImageFolder) -> Path | None:
+def save_token_ids(request: RunRequest, plan: Plan, folder: ImageFolder) -> Path | None:
     """Writes token ids [images, S] int64, raster order, if they were asked for."""
     if not request.save_tokens:
         return None
     path = Path(request.save_tokens)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    shape = len(folder.made), folder.plan.schedule.cells
+    shape = len(folder.made), plan.schedule.cells
     header = {"descr": "<i8", "fortran_order": False, "shape": shape}
     try:
         with open(temporary, "wb") as file:

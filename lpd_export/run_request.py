@@ -6,6 +6,7 @@ Loads no torch, so that a mistake is told at once. Does not know how images are 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Self
 
@@ -42,6 +43,8 @@ from lpd_export.files import check_writable
 
 RECORDS = "images.jsonl"
 LOCK = ".run.lock"
+SHARD = "shard_{}_of_{}"
+"""The folder of a shard, in that of the run."""
 ImageFormat = Literal["png", "tar", "npz"]
 """What images are put into."""
 MAX_IMAGES = 1_000_000
@@ -80,6 +83,23 @@ class RunRequest:
     format: ImageFormat = "png"
     per_file: Positive | None = None
     keep_going: bool = False
+    shard: Annotated[str, Field(pattern=r"^(\d{1,6}/\d{1,6}|auto)$")] | None = None
+    workers: Positive | None = None
+
+    @property
+    def shard_number(self) -> tuple[int, int] | None:
+        """Which shard, counted from 0, of how many; None if the run has none.
+
+        Raises:
+            UserError: if there is no such shard, or the environment does not say which.
+        """
+        return None if self.shard is None else read_shard(self.shard)
+
+    @property
+    def folder(self) -> Path:
+        """Where images go: `out`, or of a shard a folder in it."""
+        shard = self.shard_number
+        return self.out if shard is None else self.out / SHARD.format(*shard)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -132,6 +152,31 @@ class Record(TypedDict):
 RECORD = TypeAdapter(Record)
 
 
+def read_shard(text: str) -> tuple[int, int]:
+    """I and N of `I/N`, or of `auto` what torchrun's or SLURM's variables say."""
+
+    def told(name: str, default: int = 0) -> int:
+        kind = Annotated[int, Field(strict=False)]
+        return int(checked(name, os.environ.get(name, default), kind))
+
+    if text != "auto":
+        number, shards = map(int, text.split("/"))
+    elif {"RANK", "WORLD_SIZE"} <= set(os.environ):
+        number, shards = told("RANK"), told("WORLD_SIZE")
+    elif {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"} <= set(os.environ):
+        number = told("SLURM_ARRAY_TASK_ID") - told("SLURM_ARRAY_TASK_MIN")
+        number //= told("SLURM_ARRAY_TASK_STEP", 1) or 1
+        shards = told("SLURM_ARRAY_TASK_COUNT")
+    else:
+        raise UserError(
+            "--shard auto reads RANK and WORLD_SIZE, or SLURM_ARRAY_TASK_ID and "
+            "SLURM_ARRAY_TASK_COUNT, which are not set: give --shard I/N"
+        )
+    if not 0 <= number < shards:
+        raise UserError(f"--shard {number}/{shards}: of N shards, I is from 0 to N - 1")
+    return number, shards
+
+
 def check_request(request: RunRequest) -> None:
     """Raises UserError for what can be known to be wrong before anything is loaded."""
     if not request.classes and not request.requests:
@@ -147,15 +192,19 @@ def check_request(request: RunRequest) -> None:
         raise UserError(f"--requests says what to draw and how often: leave out {own}")
     if request.trace and request.format != "png":
         raise UserError(f"--trace draws beside PNGs, not into a .{request.format}: leave out one")
+    if request.workers and request.trace:
+        raise UserError("--trace draws where images are made: leave out --workers")
+    if request.workers and re.fullmatch(r"cuda:\d+", request.device or ""):
+        raise UserError(f"Ray gives each worker a GPU: --device cuda, not {request.device}")
     if request.save_tokens:
         if os.path.lexists(request.save_tokens):
             raise UserError(f"{request.save_tokens} exists: choose another --save-tokens")
         folder = Path(request.save_tokens).absolute().parent
-        if folder != request.out.absolute() and not folder.is_dir():
+        if folder != request.folder.absolute() and not folder.is_dir():
             raise UserError(f"cannot write {request.save_tokens}: its folder does not exist")
         check_writable(folder)
-    if not os.path.lexists(request.out / LOCK):  # else another run is writing there
-        check_out(request.out)
+    if not os.path.lexists(request.folder / LOCK):  # else another run is writing there
+        check_out(request.folder)
     manifest = Bundle.open(request.bundle).manifest
     names, classes = manifest.class_names, manifest.model.num_classes
     if request.requests:

@@ -30,6 +30,7 @@ DEMO_RECIPE = Path(__file__).parents[1] / "engines" / "demo.toml"
 SMALL_NAMES = [["red panda", "firefox"], "ice-cream", "crane", ["Crane", "bird"], "monkey-face"]
 KINDS = ("model", "engine", "slow", "gpu")
 MODEL_FIXTURES = {
+    "broken_bundle",
     "demo_bundle",
     "demo_int8_bundle",
     "emoji_bundle",

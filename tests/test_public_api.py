@@ -42,7 +42,9 @@ WORDS = {
     "--dry-run --quiet --verbose --json",
     "run": "BUNDLE --class -n --seed --cfg --guidance --temperature --top-k --top-p --batch "
     "--schedule --steps --device --threads --save-tokens --trace --resume --out "
-    "--per-class --requests --format --per-file --keep-going --quiet --verbose --json",
+    "--per-class --requests --format --per-file --keep-going --shard --workers "
+    "--quiet --verbose --json",
+    "merge": "DIR --out --json",
     "edit": "BUNDLE IMAGE --class --mask --box --outpaint --fit --order --paste -n --seed --cfg "
     "--guidance --temperature --top-k --top-p --batch --schedule --steps --device --threads "
     "--save-tokens --trace --resume --out --quiet --verbose --json",

@@ -15,13 +15,13 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import ValidationError
 
 from lpd_export.bulk.containers import Container, Pixels
-from lpd_export.bulk.plan import Plan, Positions, Record
+from lpd_export.bulk.plan import Positions, Record
 from lpd_export.errors import UserError
 from lpd_export.files import rename_for_good, sync
 from lpd_export.run_request import RECORD, RECORDS
@@ -42,6 +42,14 @@ class Made(NamedTuple):
     """`step`, `phase` and `error`."""
 
 
+class Planned(Protocol):
+    """What a folder knows of its images: a plan, or the shards that it merges."""
+
+    def stem(self, position: int) -> str: ...
+    def record(self, position: int) -> Record: ...
+    def takes(self, position: int, token_ids: Any) -> bool: ...
+
+
 class ImageFolder:
     """The images of a plan at some positions, in a container, with their records.
 
@@ -59,7 +67,7 @@ class ImageFolder:
     def __init__(
         self,
         out: Path,
-        plan: Plan,
+        plan: Planned,
         positions: Positions,
         container: Container,
         keep_going: bool = False,
@@ -163,7 +171,7 @@ class ImageFolder:
             place = self._known(position, f"{path}, line {number}")
             check_same(record, self.expected(position), f"{path}, line {number}")
             row = len(self._kept)
-            good = self._good_tokens(record.get("token_ids"))
+            good = self.plan.takes(position, record.get("token_ids"))
             good = good and (self._container.fills_gaps or self._follows(last, place))
             if good and self._starts[place] < 0 and self._container.holds(record["file"], row):
                 self._starts[place], last = start, place
@@ -176,12 +184,6 @@ class ImageFolder:
     def _follows(self, last: int, place: int) -> bool:
         """Whether nothing but failed images is between these two."""
         return place > last and bool(self._failed[last + 1 : place].all())
-
-    def _good_tokens(self, value: Any) -> bool:
-        cells, vocabulary = self.plan.schedule.cells, self.plan.manifest.model.vocab_size
-        if not isinstance(value, list) or len(value) != cells:
-            return False
-        return all(type(token) is int and 0 <= token < vocabulary for token in value)
 
     # ----------------------------------------------------------------------- what is written
 
@@ -250,7 +252,9 @@ class ImageFolder:
     def take_back(self) -> None:
         """Removes what a run has begun that came to nothing."""
         for path in self.out.iterdir():
-            if re.fullmatch(rf"\d{{5,}}.*|\..*\.partial|{RECORDS}|{FAILURES}", path.name):
+            if re.fullmatch(
+                rf"\d{{5,}}.*|\..*\.partial|{RECORDS}|{FAILURES}|shard.json", path.name
+            ):
                 with contextlib.suppress(OSError):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -112,8 +112,14 @@ class Plan:
 
     def stem(self, position: int) -> str:
         """What an image's file is called: position and class, as in 00003_red-panda."""
-        slug = re.sub(r"[\W_]+", "-", self.class_name(position).casefold())[:60].strip("-")
-        return f"{position:05d}_{slug or self.label(position)}"
+        return stem(position, self.class_name(position), self.label(position))
+
+    def takes(self, position: int, token_ids: Any) -> bool:
+        """Whether these can be the token ids of an image."""
+        vocabulary = self.manifest.model.vocab_size
+        if not isinstance(token_ids, list) or len(token_ids) != self.schedule.cells:
+            return False
+        return all(type(token) is int and 0 <= token < vocabulary for token in token_ids)
 
     def record(self, position: int) -> Record:
         """How an image is made: its line in images.jsonl, but for its file and token ids."""
@@ -167,6 +173,12 @@ class Plan:
         """An image as the pipeline gave it, of what is on disk."""
         request, name = self.request(position), self.class_name(position)
         return GeneratedImage(pixels, token_ids, request, name, self.schedule)
+
+
+def stem(position: int, class_name: str, label: int | None) -> str:
+    """Position and class, as in 00003_red-panda."""
+    slug = re.sub(r"[\W_]+", "-", class_name.casefold())[:60].strip("-")
+    return f"{position:05d}_{slug or label}"
 
 
 class Requests(Sequence[ImageRequest]):

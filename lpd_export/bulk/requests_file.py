@@ -25,6 +25,7 @@ from lpd_export.bounds import (
     in_words,
 )
 from lpd_export.errors import UserError
+from lpd_export.files import read_file
 
 
 @with_config(ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
@@ -45,6 +46,8 @@ class RequestLine(TypedDict, total=False):
     top_p: Probability
 
 
+LARGEST = 2**28
+"""Bytes: a million lines are not that many."""
 LINE = TypeAdapter(RequestLine)
 SCHEMA: dict[str, Any] = LINE.json_schema()["properties"]
 KEYS = tuple(SCHEMA)
@@ -60,9 +63,7 @@ def read_requests(path: str | Path) -> list[RequestLine]:
     if path.suffix not in (".jsonl", ".csv"):
         raise UserError(f"{path} must be named .jsonl or .csv: that says how it is read")
     try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        text = read_file(path, "the requests", LARGEST).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: see its byte {error.start}") from error
     read = _csv_lines if path.suffix == ".csv" else _json_lines

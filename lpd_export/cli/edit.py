@@ -65,7 +65,7 @@ OWN = [
     ),
 ]
 FIRST = ("bundle", "more_classes", "classes")
-BULK = ("requests", "format", "per_file", "keep_going")
+BULK = ("requests", "format", "per_file", "keep_going", "shard", "workers")
 """What an edit has not."""
 
 

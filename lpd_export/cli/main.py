@@ -33,6 +33,7 @@ from lpd_export.errors import Interrupted, UserError
 COMMANDS = (
     "build",
     "run",
+    "merge",
     "edit",
     "serve",
     "verify",

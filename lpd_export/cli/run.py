@@ -66,6 +66,18 @@ from lpd_export.run_request import ImageFormat, RunRequest, check_request
     help="Images a .tar, or a folder of PNGs.  [default: 1000; up to 10,000 PNGs in one folder]",
 )
 @click.option(
+    "--shard",
+    metavar="I/N|auto",
+    help="Make part I of N, from 0, in a folder of its own in DIR; `auto` asks RANK and WORLD_SIZE "
+    "or SLURM's array. `lpd-export merge` puts them together.",
+)
+@click.option(
+    "--workers",
+    type=int,
+    help="Processes that make images on Ray Data, one a GPU or a part of the cores; RAY_ADDRESS "
+    "names a cluster.",
+)
+@click.option(
     "--keep-going",
     is_flag=True,
     help="Record an image whose logits are not finite in failures.jsonl, and make the others.",
@@ -101,6 +113,7 @@ def run(
       lpd-export run engines/lpd-l-256-fp32 --class 207 "red panda" --seed 1 --out images
       lpd-export run engines/demo --class heart --trace --out steps
       lpd-export run engines/demo --class all --per-class 50 --format npz --out samples
+      lpd-export run engines/demo --class all --per-class 50 --shard 0/8 --out shards
     """
     request = RunRequest(Path(bundle), [*classes, *more_classes], **options)
     check_request(request)
@@ -117,5 +130,5 @@ def run(
         sheet = f"; contact sheet {result.contact_sheet}" if result.contact_sheet else ""
         click.echo(
             f"{result.made} image{'s' * (result.made != 1)} in {result.seconds:.1f} s, written to "
-            f"{request.out}{sheet}{steps}"
+            f"{result.out}{sheet}{steps}"
         )

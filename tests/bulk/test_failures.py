@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-import damage
 from commandline import answer, mistake
 from lpd_export.run_request import RECORDS
 
 pytestmark = pytest.mark.model
-
-
-@pytest.fixture(scope="module")
-def broken(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of which one class, number 3, is NaN."""
-
-    def spoil(models: damage.Models) -> None:
-        def row(weight: NDArray[Any]) -> NDArray[Any]:
-            weight[64 + 3] = np.nan  # conditions come after the tokens
-            return weight
-
-        damage.change(models["decode"], "embedding", row)
-
-    return damage.damaged(small_bundle, tmp_path_factory.mktemp("broken") / "bundle", spoil)
 
 
 def tokens(out: Path) -> dict[int, list[int]]:
@@ -37,7 +19,9 @@ def tokens(out: Path) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["png", "tar", "npz"])
-def test_an_image_that_fails(small_bundle: Path, broken: Path, tmp_path: Path, kind: str) -> None:
+def test_an_image_that_fails(
+    small_bundle: Path, broken_bundle: Path, tmp_path: Path, kind: str
+) -> None:
     asked = ["--class", "all", "-n", 2, "--batch", 5, "--format", kind]
     assert answer("run", small_bundle, *asked, "--out", tmp_path / "whole").code == 0
     whole = tokens(tmp_path / "whole")
@@ -46,10 +30,10 @@ def test_an_image_that_fails(small_bundle: Path, broken: Path, tmp_path: Path, k
         "infinite: "
     )
     out = tmp_path / "out"
-    assert mistake("run", broken, *asked, "--out", out).startswith(told)
+    assert mistake("run", broken_bundle, *asked, "--out", out).startswith(told)
     assert tokens(out) == {position: whole[position] for position in (0, 1, 2)}
 
-    said = answer("run", broken, *asked, "--out", out, "--keep-going", "--json")
+    said = answer("run", broken_bundle, *asked, "--out", out, "--keep-going", "--json")
     assert said.code == 0, said
     result = json.loads(said.out)
     assert (result["made"], result["failed"]) == (5, 2)
@@ -61,18 +45,18 @@ def test_an_image_that_fails(small_bundle: Path, broken: Path, tmp_path: Path, k
     assert failures[0]["error"].startswith(told)
 
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    again = answer("run", broken, *asked, "--out", out, "--keep-going", "--json")
+    again = answer("run", broken_bundle, *asked, "--out", out, "--keep-going", "--json")
     assert json.loads(again.out)["made"] == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    said = mistake("run", broken, *asked, "--out", out)
+    said = mistake("run", broken_bundle, *asked, "--out", out)
     assert said.startswith(f"{out}/failures.jsonl, line 1: image 3 (Crane, seed 0, index 3): the ")
     assert said.endswith("; go on without such images by --keep-going, or choose another --out")
 
 
-def test_a_run_of_which_every_image_fails(broken: Path, tmp_path: Path) -> None:
+def test_a_run_of_which_every_image_fails(broken_bundle: Path, tmp_path: Path) -> None:
     asked = ["--class", "3", "--out", tmp_path / "a"]
-    assert "image 0 (Crane" in mistake("run", broken, *asked)
+    assert "image 0 (Crane" in mistake("run", broken_bundle, *asked)
     assert not (tmp_path / "a").exists()
-    said = answer("run", broken, *asked, "--keep-going")
+    said = answer("run", broken_bundle, *asked, "--keep-going")
     assert said.code == 0, said
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["failures.jsonl", RECORDS]

@@ -70,5 +70,5 @@ def test_what_is_wrong_is_told_with_its_line(
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read .*gone.csv: No such file"):
+    with pytest.raises(UserError, match=r"cannot read the requests .*gone.csv: No such file"):
         read_requests(tmp_path / "gone.csv")
