@@ -20,10 +20,8 @@ def children(root: int) -> dict[int, str]:
     parents, commands = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(path.name)] = int(
-                path.joinpath("stat").read_text().rsplit(")")[1].split()[1]
-            )
-            commands[int(path.name)] = path.joinpath("cmdline").read_text()
+            parent = int(path.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = path.joinpath("cmdline").read_text()
         except OSError:  # it has just ended
             continue
         parents[int(path.name)], commands[int(path.name)] = parent, command
