@@ -416,7 +416,7 @@ def test_a_full_disk_behind_standard_error(small_bundle: Path, tmp_path: Path) -
     assert said.stdout.startswith("6 images in ")
     assert len(images_of(out)) == 6
     with open("/dev/full", "w") as full:  # a mistake keeps its code, though nobody hears of it
-        assert subprocess.run(command, stderr=full).returncode == EXIT_MISTAKE
+        assert subprocess.run([*command, "--cfg=-1"], stderr=full).returncode == EXIT_MISTAKE
 
 
 def test_a_reader_of_progress_that_goes_away(small_bundle: Path, tmp_path: Path) -> None:
