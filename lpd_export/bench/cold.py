@@ -46,7 +46,7 @@ def cold_start(bundle: Path, batch: int, device: str | None, threads: int | None
     """
     settings = [str(bundle), str(batch), device or "", str(threads or "")]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "lpd_export.bench.cold", *settings, str(time.time())],
+        [sys.executable, "-P", "-m", "lpd_export.bench.cold", *settings, str(time.monotonic())],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -67,18 +67,18 @@ def measure(bundle: str, batch: int, device: str | None, threads: int | None, be
     from lpd_export.runtime.backends import open_executor
     from lpd_export.runtime.pipeline import Pipeline
 
-    marks = [time.time()]
+    marks = [time.monotonic()]
     opened = Bundle.open(bundle)
     schedule = opened.schedule()
     executor = open_executor(opened, device, threads)
     gpu = executor.device if executor.device.type == "cuda" else None
     free = torch.cuda.mem_get_info(gpu)[0] if gpu else 0
-    marks.append(time.time())
+    marks.append(time.monotonic())
     for graph in ("decode", "detokenize"):
         executor.load(graph)
-    marks.append(time.time())
+    marks.append(time.monotonic())
     Pipeline(opened.manifest, schedule, executor).generate([0] * batch, batch=batch)
-    marks.append(time.time())
+    marks.append(time.monotonic())
     imports, verify, load, image = (b - a for a, b in zip([begun, *marks], marks, strict=False))
     peak = free - torch.cuda.mem_get_info(gpu)[0] if gpu else peak_memory()
     print(json.dumps(vars(ColdStart(imports, verify, load, image, marks[-1] - begun, peak))))

@@ -28,8 +28,9 @@ def check_graph_file(path: Path, beside: Collection[str]) -> None:
     for message in _messages(model):
         for field, value in message.ListFields():
             texts = value if field.type == field.TYPE_STRING else ()
-            for text in [texts] if isinstance(texts, str) else texts:
-                if UNPRINTABLE.search(text):
+            for text in [texts] if isinstance(texts, str | bytes) else texts:
+                # Protobuf gives the bytes of what is no text.
+                if isinstance(text, bytes) or UNPRINTABLE.search(text):
                     raise UserError(
                         f"{path} holds control characters, which no build writes: {text[:80]!a}; "
                         "do not use this bundle"

@@ -48,6 +48,8 @@ CHECKSUM = "manifest_sha256"
 """The manifest's entry for a checksum of all its other entries."""
 
 
+GraphName = Annotated[str, Field(pattern=f"^({'|'.join(GRAPH_NAMES)})$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**20)]
 """Of things that a model is made of: layers, channels, cells, classes, tokens."""
 
@@ -160,15 +162,16 @@ class QuantizationDecision(TypedDict):
     measure: str
     value: float
     limit: float
-    trials: NotRequired[Sequence[Sequence[float]]]
+    trials: NotRequired[Sequence[Annotated[Sequence[Finite], Field(min_length=2, max_length=2)]]]
+    """Pairs: how many layers are kept, and the measure then."""
 
 
 @with_config(RECORD)
 class CalibrationRecord(TypedDict):
     """What was measured and decided of a precision other than FP32, by graph."""
 
-    largest_values: NotRequired[dict[str, LargestValue]]
-    quantization: NotRequired[dict[str, QuantizationDecision]]
+    largest_values: NotRequired[dict[GraphName, LargestValue]]
+    quantization: NotRequired[dict[GraphName, QuantizationDecision]]
 
 
 @with_config(RECORD)

@@ -173,7 +173,9 @@ def read_token_ids(source: Source, model: ModelDescription) -> NDArray[np.int64]
         try:
             # Mapped: NumPy would take the memory that the header asks for before it reads on.
             values = np.asarray(open_memmap(source, mode="r"))
-        except (OSError, ValueError, OverflowError) as error:
+        except (
+            Exception
+        ) as error:  # of a damaged header, NumPy and Python's tokenizer raise anything
             raise UserError(f"{source} is damaged or no array of NumPy: {error}") from error
     elif isinstance(source, np.ndarray) and source.dtype.kind in "iu" and source.ndim == 1:
         values = source

@@ -250,11 +250,12 @@ def read_state_dict(path: Path) -> StateDict:
             content: Any = load_file(path)
         else:
             check_pickle(path)
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                # Mapped, so that an optimizer's state beside the weights is never read.
-                content = torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-                )
+            zipped = zipfile.is_zipfile(path)
+            with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+                # Mapped, so that an optimizer's state beside the weights is never read, and so that
+                # no text in a pickle can be longer than the file.
+                mapped: Any = path if zipped else mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                content = torch.load(mapped, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise CheckpointError(
