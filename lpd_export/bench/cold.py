@@ -23,8 +23,8 @@ class ColdStart:
 
     Attributes:
         imports: from the start of the process until all packages are imported.
-        verify: the manifest is read, and all that is used is compared with its checksums.
-        load: graphs become ready to run.
+        verify: the manifest is read, and what is used is compared with its checksums.
+        load: graphs become ready to run; of ONNX weights the checksum is taken meanwhile.
         first_image: the first batch of images.
         total: of them all.
         peak_memory: resident at most; on a GPU, what its memory held more in the end.

@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -368,6 +369,15 @@ class Bundle:
         Raises:
             UserError: if it is missing, truncated or altered.
         """
+        self.verify_meanwhile(name)()
+        return self.path / name
+
+    def verify_meanwhile(self, name: str) -> Callable[[], None]:
+        """Starts to verify a file in a thread; the call that is returned waits for the end.
+
+        Raises:
+            UserError: if it is missing or truncated; from the call, if it is altered.
+        """
         path = self.path / name
         expected = self.manifest.files.get(name)
         if expected is None:
@@ -382,11 +392,21 @@ class Bundle:
                     f"{path} has {size} bytes, where {expected.size} were written: it is truncated "
                     "or altered; build the bundle again"
                 )
-            if sha256(path) != expected.sha256:
-                raise UserError(f"{path} was altered after it was built: build the bundle again")
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
-        return path
+        pool = ThreadPoolExecutor(1)
+        found = pool.submit(sha256, path)
+        pool.shutdown(wait=False)
+
+        def verified() -> None:
+            try:
+                content = found.result()
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}") from error
+            if content != expected.sha256:
+                raise UserError(f"{path} was altered after it was built: build the bundle again")
+
+        return verified
 
     def _check_link(self, path: Path) -> None:
         """Raises UserError for a symbolic link, unless the bundle is a snapshot in the hub's cache.

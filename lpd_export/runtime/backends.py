@@ -22,20 +22,22 @@ WEIGHTS = "onnx/weights.data"
 def open_executor(
     bundle: Bundle, device: str | None, threads: int | None, profiles: Path | None = None
 ) -> Executor:
-    """The executor of a bundle's backend over its files, verified.
+    """The executor of a bundle's backend over its files, verified when a graph is loaded.
 
     profiles: a folder for what ONNX Runtime's profiler finds, where that runs the graphs.
 
     Raises:
-        UserError: if a file is damaged, or this machine has not what the backend needs.
+        UserError: if a file is damaged, or this machine has not what the backend needs. Whether
+            ONNX weights were altered is known when a graph is loaded.
     """
     manifest = bundle.manifest
     float_type = getattr(torch, manifest.float_type)
     graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
     if not BACKENDS[manifest.backend].compiles:
-        bundle.file(WEIGHTS)
+        # While graphs are loaded: reading and packing weights takes as long as their checksum.
+        verified = bundle.verify_meanwhile(WEIGHTS)
         files = {graph: bundle.file(name) for graph, name in graphs.items()}
-        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads, profiles)
+        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads, profiles, verified)
     if device == "cpu" or threads is not None:
         raise UserError(
             f"{bundle.path} holds {manifest.backend} engines, which run on a GPU: leave out the "

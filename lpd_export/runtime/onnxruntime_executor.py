@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class OnnxRuntimeExecutor:
         threads: for the operators on a CPU; by default ONNX Runtime's choice, the physical cores,
             or the cores that this process is confined to.
         profiles: a folder for what ONNX Runtime's profiler finds (see `take_profiles`).
+        weights_verified: waits until the weights that the files refer to are verified, and raises
+            UserError if they are damaged; no graph is loaded for use before.
 
     Raises:
         UserError: if ONNX Runtime has no provider for the device here.
@@ -70,8 +72,10 @@ class OnnxRuntimeExecutor:
         device: str = "cpu",
         threads: int | None = None,
         profiles: Path | None = None,
+        weights_verified: Callable[[], None] = lambda: None,
     ) -> None:
         self._profiles = profiles
+        self._weights_verified = weights_verified
         self.float_type = float_type
         self.device = torch.device(device)
         self._files = dict(files)
@@ -128,22 +132,25 @@ class OnnxRuntimeExecutor:
         """The session of a graph.
 
         Raises:
-            UserError: if this version of ONNX Runtime cannot run the file.
+            UserError: if this version of ONNX Runtime cannot run the file, or it is damaged.
         """
         if graph not in self._sessions:
             if self._profiles is not None:
                 self._options.enable_profiling = True
                 self._options.profile_file_prefix = str(self._profiles / graph)
             try:
-                self._sessions[graph] = onnxruntime.InferenceSession(
+                session = onnxruntime.InferenceSession(
                     self._files[graph], self._options, providers=[self._provider]
                 )
             except Exception as error:  # its errors have no common base but Exception
+                self._weights_verified()
                 reason = str(error).splitlines()[0]
                 raise UserError(
                     f"ONNX Runtime {onnxruntime.__version__} cannot load {self._files[graph]}: "
                     f"{reason}"
                 ) from error
+            self._weights_verified()
+            self._sessions[graph] = session
         return self._sessions[graph]
 
     def take_profiles(self) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from lpd_export.bundle.manifest import (
 )
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
+from lpd_export.runtime.backends import open_executor
 from lpd_export.schedule.schedule_file import Schedule
 
 USED_BY_RUN = (
@@ -114,7 +115,13 @@ def test_each_damage_has_its_sentence(bundle: Path) -> None:
     weights = bundle / "onnx/weights.data"
     size = weights.stat().st_size
     flip(weights)
-    assert "weights.data was altered after it was built" in mistake("inspect", bundle)
+    altered = "weights.data was altered after it was built"
+    assert altered in mistake("inspect", bundle)
+    # Its checksum is taken while graphs are loaded: none is there to be used.
+    executor = open_executor(Bundle.open(bundle), None, None)
+    for _ in range(2):
+        with pytest.raises(UserError, match=altered):
+            executor.load("decode")
     truncate(weights)
     assert f"weights.data has {size - 1} bytes, where {size} were" in mistake("inspect", bundle)
     weights.unlink()
