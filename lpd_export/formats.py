@@ -140,6 +140,15 @@ class Support:
     note: str = ""
 
 
+def reaches(capability: str, least: str) -> bool:
+    """Whether a compute capability, such as "8.9", is at least another; "" is the least."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split("."))) if text else ()
+
+    return numbers(capability) >= numbers(least)
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How the matrix products of a precision are stored and computed.
@@ -149,6 +158,7 @@ class Quantization:
         weights: the ONNX type of a stored weight.
         activations: the ONNX type that activations are rounded to; "" leaves them as they are.
         bits: of a weight.
+        largest: the largest level of a weight, and the lowest without its sign.
         roundoff: the largest error of one rounding, over the largest value.
         block: consecutive inputs of an output that share a weight's scale; 0 for all of them.
         kept: how the weights of layers are stored that this would change too much; None leaves
@@ -159,9 +169,15 @@ class Quantization:
     weights: str
     activations: str
     bits: int
+    largest: float
     roundoff: float
     block: int = 0
     kept: Quantization | None = None
+
+    @property
+    def integer(self) -> bool:
+        """Whether levels are integers, at equal distances."""
+        return self.weights.startswith("INT")
 
 
 @dataclass(frozen=True)
@@ -199,6 +215,10 @@ class Precision:
         """Whether the decode graph's products are computed on rounded activations too."""
         return self.quantization is not None and bool(self.quantization.activations)
 
+    def quantization_of(self, graph: str) -> Quantization | None:
+        """How the layers of a graph are quantized, if they are."""
+        return self.quantization if graph == "decode" else self.tokenizer
+
     @property
     def exact(self) -> bool:
         """Whether graphs stay as they are exported."""
@@ -213,13 +233,18 @@ class Precision:
         return self.throughout.roundoff
 
 
-INT8 = Quantization("INT8", "INT8", "INT8", bits=8, roundoff=1 / 254)
+INT8 = Quantization("INT8", "INT8", "INT8", bits=8, largest=127, roundoff=1 / 254)
+# Three bits of mantissa: the largest two numbers, 416 and 448, are 32 apart.
+FP8 = Quantization("FP8", "FLOAT8E4M3FN", "FLOAT8E4M3FN", bits=8, largest=448, roundoff=16 / 448)
 # Blocks of 32: on a CPU, activations are rounded within a block too.
-INT8_WEIGHTS = Quantization("INT8 weights", "INT8", "", bits=8, roundoff=1 / 254, block=32)
+INT8_WEIGHTS = Quantization(
+    "INT8 weights", "INT8", "", bits=8, largest=127, roundoff=1 / 254, block=32
+)
 INT4_WEIGHTS = Quantization(
-    "INT4 weights", "INT4", "", bits=4, roundoff=1 / 14, block=64, kept=INT8_WEIGHTS
+    "INT4 weights", "INT4", "", bits=4, largest=7, roundoff=1 / 14, block=64, kept=INT8_WEIGHTS
 )
 SLOW_ATTENTION = "attention is not fused in fp32: fp16 and bf16 are faster"
+NO_FP8 = "ONNX Runtime has no kernels for fp8 products: use int8, or tensorrt or tensorrt-rtx"
 WEIGHT_SUPPORT = {
     CPU: Support(note="products round activations to 8 bits, within blocks of the weights"),
     CUDA: Support("7.5"),
@@ -306,6 +331,19 @@ PRECISIONS = {
             tokenizer=INT8,
             divergence=0.035,
             support=WEIGHT_SUPPORT,
+        ),
+        Precision(
+            "fp8",
+            check_tolerance=0.4,
+            quantization=FP8,
+            # Its tokenizer is FP16: an edit keeps its tokens.
+            divergence=0.03,
+            support={
+                CPU: Support(refused=NO_FP8),
+                CUDA: Support(refused=NO_FP8),
+                TRT: Support("8.9"),
+                RTX: Support("8.9"),
+            },
         ),
     )
 }

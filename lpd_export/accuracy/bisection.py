@@ -30,7 +30,7 @@ from lpd_export.build.build import write_exact_graphs
 from lpd_export.build.settings import Source
 from lpd_export.bundle.manifest import GRAPH_NAMES
 from lpd_export.files import write_atomically
-from lpd_export.formats import PRECISIONS, FloatType
+from lpd_export.formats import PRECISIONS, FloatType, Precision
 from lpd_export.graphs import export
 from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.casting import lower
@@ -103,7 +103,8 @@ class Bisector:
     Args:
         exact: a folder with the FP32 ONNX files.
         scratch: a folder for trials; made here.
-        around: the float precision around INT8, fp32 or fp16.
+        precision: says how each graph is quantized.
+        float_type: of what is not quantized.
         judge: tells whether a trial's graph keeps the limits.
         report: called with a line for each trial.
         spans: for each graph, of what convolutions read and give, where that is rounded too.
@@ -113,6 +114,7 @@ class Bisector:
         self,
         exact: Path,
         scratch: Path,
+        precision: Precision,
         float_type: FloatType,
         judge: Judge,
         report: Report,
@@ -121,6 +123,7 @@ class Bisector:
         self._spans = spans or {}
         self._exact = exact
         self._scratch = scratch
+        self._precision = precision
         self._float_type = float_type
         self._judge = judge
         self._report = report
@@ -140,7 +143,7 @@ class Bisector:
             held = self._try(graph, ranges, whole)
             self._report(
                 f"{graph}, trial {trials}, {left} undecided: "
-                f"{len(ranges)} of {len(layers)} layers in int8: "
+                f"{len(ranges)} of {len(layers)} layers in {self._precision.name}: "
                 f"{'the thresholds hold' if held else 'a threshold fails'}"
                 f"{'' if whole else ' over whole sequences'}"
             )
@@ -171,7 +174,9 @@ class Bisector:
         lower(model, self._float_type)
         if graph in self._spans:
             quantize_convolutions(model, ranges, self._spans[graph])
-        quantize(model, ranges, unsigned=True)
+        kind = self._precision.quantization_of(graph)
+        assert kind is not None
+        quantize(model, ranges, unsigned=True, kind=kind)
         self._scratch.mkdir(parents=True, exist_ok=True)
         export.write_models({graph: model}, self._scratch)
         held = self._judge(graph, self._scratch / f"{graph}.onnx", whole)
@@ -213,8 +218,9 @@ def find_kept_layers(context: Context) -> list[Bisection]:
     source = Source(reference.model, reference.tokenizer, None, None)
     write_exact_graphs(exact, source, context.report)
     trials.mkdir()
-    calibration = calibrate(exact, trials, manifest, schedule, True, context.report)
-    float_type = PRECISIONS[manifest.precision].float_type(manifest.backend)
+    calibration = calibrate(exact, trials, manifest, schedule, context.report)
+    precision = PRECISIONS[manifest.precision]
+    float_type = precision.float_type(manifest.backend)
 
     def judge(graph: str, file: Path, whole: bool) -> bool:
         executor = OnnxRuntimeExecutor(
@@ -224,8 +230,8 @@ def find_kept_layers(context: Context) -> list[Bisection]:
         return holds(graph, replace(context, expected=reference, actual=trial), whole)
 
     spans = spans_for(manifest.backend, calibration)
-    bisector = Bisector(exact, trials, float_type, judge, context.report, spans)
-    return [bisector.search(graph, calibration.layers[graph]) for graph in GRAPH_NAMES]
+    bisector = Bisector(exact, trials, precision, float_type, judge, context.report, spans)
+    return [bisector.search(graph, layers) for graph, layers in calibration.layers.items()]
 
 
 def holds(graph: str, context: Context, whole: bool) -> bool:

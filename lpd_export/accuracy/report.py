@@ -307,6 +307,7 @@ def _page(
         against=_against(verification),
         images=_images(verification),
         versions=", ".join(f"{name} {text}" for name, text in verification.versions.items()),
+        decisions=verification.decisions,
         bisections=list(_bisection_lines(verification)),
         changes=_changes(verification),
         failures=verification.failures[:_FAILURES_SHOWN],

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpd_export.accuracy.thresholds import Limits
+from lpd_export.bundle.manifest import QuantizationDecision
 
 SEQUENCE, GENERATION = "sequence", "generation"
 """Beside the phases: all steps teacher-forced on their own caches, and whole images drawn."""
@@ -141,6 +142,8 @@ class Verification:
     layers: list[LayerError] = field(default_factory=list)
     layers_phase: str = ""
     """The decode phase that `layers` of the decode graph were taken in."""
+    decisions: dict[str, QuantizationDecision] = field(default_factory=dict)
+    """By graph, what the build tried and decided of the layers that are quantized."""
     bisections: list[Bisection] = field(default_factory=list)
     """A graph each, if they were asked for."""
     saved_phases: list[str] = field(default_factory=list)

@@ -124,6 +124,7 @@ def compare(context: Context, kept: list[str], files: PolygraphyFiles) -> Verifi
         pairs=make_pairs(context, other) if other else [],
         layers=layers,
         layers_phase=layers_phase,
+        decisions=manifest.calibration.get("quantization", {}),
         bisections=find_kept_layers(context) if request.bisect else [],
     )
 

@@ -25,7 +25,7 @@ from lpd_export.build.compiler import EngineOptions
 from lpd_export.build.engine import compile_graph
 from lpd_export.build.memory import memory_shortage_told
 from lpd_export.build.profiles import decode_profiles, tokenizer_profiles
-from lpd_export.build.refusals import check_request
+from lpd_export.build.refusals import capabilities, check_request
 from lpd_export.build.request import BuildRequest
 from lpd_export.build.settings import (
     Settings,
@@ -73,6 +73,7 @@ def build(
         UserError: if the request cannot be met; nothing is then left on disk.
     """
     check_request(request)
+    request = request.model_copy(update={"compute_capability": capabilities(request)})
     kept_layers = read_kept_layers(Path(request.keep_layers)) if request.keep_layers else {}
     with memory_shortage_told():
         source = load(request, report)

@@ -14,10 +14,12 @@ from lpd_export.bundle.manifest import check_destination
 from lpd_export.errors import UserError
 from lpd_export.formats import (
     BACKENDS,
+    CUDA,
     ENGINE_BACKENDS,
     PRECISIONS,
     QUANTIZED,
     TENSORRT_RTX,
+    reaches,
 )
 from lpd_export.machine.doctor import can_build
 from lpd_export.machine.facts import look
@@ -25,6 +27,8 @@ from lpd_export.schedule.schedule_file import Schedule
 
 DEFAULT_MODEL = "lpd-l"
 DEFAULT_RESOLUTION = 256
+AMPERE = "8.0"
+"""The compute capability from which on engines run that are for no GPU alone."""
 
 
 def check_request(request: BuildRequest) -> None:
@@ -42,6 +46,12 @@ def check_request(request: BuildRequest) -> None:
             "--keep-layers says which layers are not quantized: it needs --precision "
             f"{' or '.join(QUANTIZED)}, not {request.precision}"
         )
+    least = least_capability(request)
+    if request.hardware_compatible and not reaches(AMPERE, least):
+        raise UserError(
+            f"--hardware-compatible is for all GPUs from compute capability {AMPERE} on, and "
+            f"{request.precision} needs {least}: leave it out, or use another --precision"
+        )
     if request.schedule:
         for name in ("orders", "repulsion"):
             if getattr(request, name) is not None:
@@ -53,17 +63,40 @@ def check_request(request: BuildRequest) -> None:
     # At last, because looking at the machine takes a second.
     if why_not := can_build(request.precision, request.backend):
         raise UserError(f"cannot build {request.precision} for {request.backend} here: {why_not}")
-    check_capabilities(request.compute_capability)
+    check_capabilities(request)
 
 
-def check_capabilities(capabilities: tuple[str, ...]) -> None:
-    """Raises UserError for compute capabilities that TensorRT-RTX does not compile for."""
+def least_capability(request: BuildRequest) -> str:
+    """The least compute capability of a GPU that runs what is asked for."""
+    return PRECISIONS[request.precision].support[request.backend, CUDA[1]].capability
+
+
+def capabilities(request: BuildRequest) -> tuple[str, ...]:
+    """The compute capabilities to compile for: the request's, or all that have the precision.
+
+    None stands for Ampere's and all later ones.
+    """
+    least, portable = least_capability(request), BACKENDS[request.backend].portable
+    if request.compute_capability or not portable or reaches(AMPERE, least):
+        return request.compute_capability
+    known = look({TENSORRT_RTX.module}).rtx_capabilities
+    return tuple(value for value in known if reaches(value, least))
+
+
+def check_capabilities(request: BuildRequest) -> None:
+    """Raises UserError for compute capabilities that cannot be compiled for in this precision."""
+    capabilities, least = request.compute_capability, least_capability(request)
     known = look({TENSORRT_RTX.module}).rtx_capabilities if capabilities else ()
     for value in capabilities:
         if value not in known:
             raise UserError(
                 f"tensorrt-rtx compiles for compute capability {', '.join(known)}, not for "
                 f"{value!r}"
+            )
+        if not reaches(value, least):
+            raise UserError(
+                f"{request.precision} needs compute capability {least}: leave out {value}, or use "
+                "another --precision"
             )
         if capabilities.count(value) > 1:
             raise UserError(f"compute capability {value} is given twice")

@@ -74,7 +74,7 @@ def quantized_line(manifest: Manifest) -> str:
         f"{GRAPH_TITLES[graph]}: {decided['layers'] - len(decided['kept'])} of "
         f"{decided['layers']} layers {quantization.title}"
         for graph, decided in manifest.calibration.get("quantization", {}).items()
-        if (quantization := precision.quantization if graph == "decode" else precision.tokenizer)
+        if (quantization := precision.quantization_of(graph))
     )
 
 

@@ -25,6 +25,7 @@ from lpd_export.formats import (
     TENSORRT,
     TENSORRT_RTX,
     TRT,
+    reaches,
 )
 from lpd_export.formats import Target as Place
 from lpd_export.machine.facts import (
@@ -84,7 +85,7 @@ def _no_gpu(facts: Facts, least: str) -> str | None:
     if not facts.gpus:
         return facts.gpu_problem or "no NVIDIA GPU was found: use a machine that has one"
     gpu = facts.gpus[0]
-    if gpu.capability and _numbers(gpu.capability) < _numbers(least):
+    if gpu.capability and not reaches(gpu.capability, least):
         return (
             f"the {gpu.name} has compute capability {gpu.capability}, and {least} is needed: use "
             "another precision or a newer GPU"
@@ -135,10 +136,6 @@ def _no_cuda_provider(facts: Facts, least: str) -> str | None:
             "pip install 'onnxruntime-gpu[cuda,cudnn]', or a torch built for the same CUDA"
         )
     return None
-
-
-def _numbers(capability: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in capability.split(".")) if capability else ()
 
 
 GPU = Need(("torch", "nvidia"), _no_gpu)

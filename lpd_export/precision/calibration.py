@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
+from lpd_export.formats import Quantization
 from lpd_export.graphs import export
 from lpd_export.graphs.contract import LOGITS
 from lpd_export.precision.convolutions import Span, best_span, convolution_values, samples_of
@@ -258,11 +259,11 @@ class Calibration:
     channels: dict[str, list[float]]
     """The largest magnitude of each channel of what the decode graph's normalizations give."""
     scales: dict[str, list[float]] = field(default_factory=dict)
-    """What INT8 divides these channels by; `ranges` and `channels` are as they were before."""
+    """What they are divided by before quantization; `ranges` and `channels` are from before."""
     layers: dict[str, dict[str, LayerMeasurement]] = field(default_factory=dict)
-    """For each graph, for each layer's node; only measured for INT8."""
+    """For each layer's node of the graphs whose products are computed on levels."""
     spans: dict[str, dict[str, Span]] = field(default_factory=dict)
-    """For each graph, of what convolutions read and give, by name; only measured for INT8."""
+    """For these graphs, of what convolutions read and give, by name."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -300,10 +301,10 @@ class Calibrator:
             manifest.model.num_classes, calibration_images(manifest.resolution)
         )
 
-    def survey(self, with_scales: bool) -> Calibration:
-        """The largest magnitude of every value and channel; for INT8, the scales of the channels.
+    def survey(self, kind: Quantization | None) -> Calibration:
+        """The largest magnitude of every value and channel; not those of layers.
 
-        Layers are not among it.
+        kind: of levels that the decode graph's channels are to be scaled for, if any.
         """
 
         def instrument(graph: str, model: ir.Model) -> Instruments:
@@ -315,7 +316,7 @@ class Calibrator:
                 instruments.matrices[f"{balance.name}/largest"] = largest_of_channels(
                     model.graph, output
                 )
-                if with_scales:
+                if kind:
                     instruments.matrices[f"{balance.name}/rows"] = some_rows(model.graph, output)
             return instruments
 
@@ -325,24 +326,30 @@ class Calibrator:
         found = balances(model)
         largest = {b.name: kept[f"{b.name}/largest"].amax(dim=0) for b in found}
         scales: dict[str, list[float]] = {}
-        if with_scales:
+        if kind:
             for balance in found:
                 rows = kept[f"{balance.name}/rows"]
-                scale = best_scale(rows, largest[balance.name], balance.weights())
+                scale = best_scale(rows, largest[balance.name], balance.weights(), kind)
                 scales[balance.name] = scale.tolist()
         channels = {norm: values.tolist() for norm, values in largest.items()}
         return Calibration(recorder.measured(), channels, scales)
 
     def layers(
-        self, ranges: Measured
+        self, ranges: Measured, kinds: Mapping[str, Quantization]
     ) -> tuple[dict[str, dict[str, LayerMeasurement]], dict[str, dict[str, Span]]]:
         """Activation ranges and noise of every layer that could be quantized.
 
         And the spans of what convolutions read and give.
+
+        Args:
+            ranges: the largest magnitude of each value.
+            kinds: of levels, for each graph to measure.
         """
-        recorder = self._measure(partial(self._clipping_errors, ranges=ranges), torch.add)
+        recorder = self._measure(
+            partial(self._clipping_errors, ranges=ranges, kinds=kinds), torch.add, [*kinds]
+        )
         tried = recorder.measured()
-        spans: dict[str, dict[str, Span]] = {graph: {} for graph in GRAPH_NAMES}
+        spans: dict[str, dict[str, Span]] = {graph: {} for graph in kinds}
         for name, samples in recorder.kept().items():
             graph, value = name.split(":", 1)
             spans[graph][value] = best_span(samples)
@@ -357,7 +364,9 @@ class Calibrator:
                 node: clipping * ranges[graph].get(activations[node], 1.0)
                 for node, (_, clipping) in best.items()
             }
-        noise = self._measure(partial(self._noise, ranges=chosen), torch.add).measured()
+        noise = self._measure(
+            partial(self._noise, ranges=chosen, kinds=kinds), torch.add, [*kinds]
+        ).measured()
         layers = {
             graph: {
                 node: LayerMeasurement(
@@ -387,7 +396,9 @@ class Calibrator:
         return quantizable_layers(ir.load(self._graphs / f"{graph}.onnx"))
 
     @staticmethod
-    def _clipping_errors(graph: str, model: ir.Model, ranges: Measured) -> Instruments:
+    def _clipping_errors(
+        graph: str, model: ir.Model, ranges: Measured, kinds: Mapping[str, Quantization]
+    ) -> Instruments:
         """Squared error of each layer's activation, for each place to cut it off.
 
         And samples of what convolutions read and give.
@@ -399,18 +410,25 @@ class Calibrator:
         }
         for layer in quantizable_layers(model):
             largest = ranges[graph].get(layer.activation, 1.0)
-            for clipping in CLIPPING:
-                rounded, exact = simulate_layer(model, layer, clipping * largest, weight=False)
+            # Cutting off gives levels closer together, which floats need not.
+            for clipping in CLIPPING if kinds[graph].integer else (1.0,):
+                rounded, exact = simulate_layer(
+                    model, layer, clipping * largest, weight=False, kind=kinds[graph]
+                )
                 error = difference(model.graph, rounded, exact)
                 scalars[f"{layer.node}@{clipping}"] = sum_of_squares(model.graph, error)
         return Instruments(scalars, matrices)
 
     @staticmethod
-    def _noise(graph: str, model: ir.Model, ranges: Measured) -> Instruments:
+    def _noise(
+        graph: str, model: ir.Model, ranges: Measured, kinds: Mapping[str, Quantization]
+    ) -> Instruments:
         """Squared error and squared magnitude of each layer's output."""
         scalars = {}
         for layer in quantizable_layers(model):
-            rounded, exact = simulate_layer(model, layer, ranges[graph][layer.node], weight=True)
+            rounded, exact = simulate_layer(
+                model, layer, ranges[graph][layer.node], weight=True, kind=kinds[graph]
+            )
             error = difference(model.graph, rounded, exact)
             scalars[f"{layer.node}@error"] = sum_of_squares(model.graph, error)
             scalars[f"{layer.node}@signal"] = sum_of_squares(model.graph, exact)

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpd_export.bundle.manifest import GRAPH_NAMES
+from lpd_export.formats import INT8, Quantization
 from lpd_export.graphs import export
-from lpd_export.precision.quantization import LEVELS
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Tried of INT8: 0 leaves the channels as they are, 1 makes all activations equally large."""
+"""Tried: 0 leaves the channels as they are, 1 makes all activations equally large."""
 RANGE_STRENGTH = 0.5
 """Where the range of a float type is all that is wanted: halfway, so that weights keep theirs."""
 
@@ -99,25 +99,36 @@ def balancing_scale(largest: Tensor, weights: Sequence[Tensor], strength: float)
     return logarithm.exp()
 
 
-def best_scale(rows: Tensor, largest: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """The balancing scale [channels] with which INT8 changes the products least.
+def best_scale(
+    rows: Tensor, largest: Tensor, weights: Sequence[Tensor], kind: Quantization = INT8
+) -> Tensor:
+    """The balancing scale [channels] with which quantization changes the products least.
 
     Args:
         rows: of the normalization's output [n, channels].
         largest: the largest magnitude of each channel in all of its output [channels].
         weights: of the products, each [channels, out].
+        kind: of levels.
     """
     weight = torch.cat(list(weights), dim=1)
     exact = rows @ weight
     errors = {}
     for strength in STRENGTHS:
         scale = balancing_scale(largest, weights, strength)
-        step = (largest / scale).amax().clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
-        rounded = (rows / scale / step).round() * step
+        rounded = rounded_to_levels(rows / scale, (largest / scale).amax(), kind)
         scaled = weight * scale[:, None]
-        steps = scaled.abs().amax(dim=0).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
-        errors[strength] = float((rounded @ ((scaled / steps).round() * steps) - exact).norm())
+        levels = rounded_to_levels(scaled, scaled.abs().amax(dim=0), kind)
+        errors[strength] = float((rounded @ levels - exact).norm())
     return balancing_scale(largest, weights, min(errors, key=errors.__getitem__))
+
+
+def rounded_to_levels(values: Tensor, largest: Tensor, kind: Quantization) -> Tensor:
+    """Values as levels of which the largest stands for `largest`."""
+    steps = largest.clamp(min=torch.finfo(torch.float32).tiny) / kind.largest
+    numbers = values / steps
+    if kind.integer:
+        return numbers.round() * steps
+    return numbers.clamp(-kind.largest, kind.largest).to(torch.float8_e4m3fn).float() * steps
 
 
 def equalize(model: ir.Model, scales: Mapping[str, Sequence[float]]) -> None:

@@ -1,4 +1,4 @@
-"""Decides which layers INT8 leaves in higher precision, by what quantizing them does.
+"""Decides which layers INT8 and FP8 leave in higher precision, by what quantizing them does.
 
 Layers of the transformer are ranked by what quantizing each alone changes of its logits, those of
 the tokenizer by what each alone does to pixels or indices. Then graphs are quantized and run: more
@@ -51,7 +51,7 @@ LARGE = 1 / 20
 RANKING_SHARE = 1 / 4
 """Of the images that trials use: those by which layers of the tokenizer are put in order."""
 MOST_KEPT = 0.5
-"""Share of the transformer's layers from which on INT8 is not worth its name."""
+"""Share of the transformer's layers from which on a quantization is not worth its name."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Chooser:
         spans: Mapping[str, Spans] | None = None,
     ) -> None:
         self._spans = spans or {}
-        precision = PRECISIONS[manifest.precision]
+        self._precision = precision = PRECISIONS[manifest.precision]
         self._float_type = precision.float_type(manifest.backend)
         divergence = "mean KL divergence of guided logits"
         self.targets = TARGETS | {"decode": Target(divergence, precision.divergence, at_most=True)}
@@ -145,7 +145,7 @@ class Chooser:
         """The activation ranges of the layers to quantize, by node, and the decision.
 
         Raises:
-            UserError: if the transformer does not stand INT8 at all.
+            UserError: if the transformer does not stand the precision at all.
         """
         target, trials = self.targets[graph], []
         ranking = [*layers][-1:]
@@ -176,17 +176,20 @@ class Chooser:
                 break
             kept = next_trial([worth[node] for node in ranking], kept, value, target.limit)
         raise UserError(
-            f"int8 changes this model too much: with half of its layers kept in higher precision "
-            f"the {target.measure} is {value:.3g}, above {target.limit}; use --precision fp16"
+            f"{self._precision.name} changes this model too much: with half of its layers kept in "
+            f"higher precision the {target.measure} is {value:.3g}, above {target.limit}; use "
+            "--precision fp16"
         )
 
     def _worth(self, layers: Mapping[str, LayerMeasurement]) -> dict[str, float]:
+        assert self._precision.quantization is not None
         return worth_of_layers(
             self._graphs,
             self._scratch,
             self._manifest,
             self._schedule,
             {node: layer.activation_range for node, layer in layers.items()},
+            self._precision.quantization,
             self._images,
             self._log_probabilities,
         )
@@ -227,7 +230,9 @@ class Chooser:
         model = self.model(graph)
         if graph in self._spans:
             quantize_convolutions(model, ranges, self._spans[graph])
-        quantize(model, ranges, unsigned=True)
+        kind = self._precision.quantization_of(graph)
+        assert kind is not None
+        quantize(model, ranges, unsigned=True, kind=kind)
         return self.measure(graph, model, share)
 
     def model(self, graph: str) -> ir.Model:

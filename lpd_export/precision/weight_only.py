@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -20,14 +19,13 @@ from torch import Tensor
 
 from lpd_export.errors import UserError
 from lpd_export.formats import Precision, Quantization
-from lpd_export.precision.quantization import Layer, quantizable_layers
+from lpd_export.precision.quantization import STORED, Layer, quantizable_layers
 from lpd_export.precision.rounding import Levels, round_weight
 from lpd_export.precision.sensitivity import Chooser, GraphDecision
 from lpd_export.progress import Report
 
 NOISIEST = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Shares of the layers that are kept, the noisiest first, in the order of trial."""
-STORED = {"INT8": np.dtype(np.int8), "INT4": np.dtype(ml_dtypes.int4)}
 
 
 def choose_weights(
@@ -99,7 +97,7 @@ def layer_noise(
 
 def levels_of(quantization: Quantization, scale_type: torch.dtype) -> Levels:
     """The levels that weights of a kind may take."""
-    highest = 2 ** (quantization.bits - 1) - 1
+    highest = int(quantization.largest)
     return Levels(-highest - 1, highest, quantization.block, scale_type)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lpd_export.bundle.manifest import Manifest
+from lpd_export.formats import Quantization
 from lpd_export.graphs import contract, export
 from lpd_export.precision.quantization import quantizable_layers, simulate_layer
 from lpd_export.runtime.executor import Executor, Run
@@ -73,10 +74,13 @@ class GatedExecutor:
         return self._executor.bind(graph, {**tensors, GATES: gates})
 
 
-def add_gates(model: ir.Model, ranges: Mapping[str, float]) -> list[str]:
+def add_gates(model: ir.Model, ranges: Mapping[str, float], kind: Quantization) -> list[str]:
     """Gives a graph the input GATES, in place; returns its layers in the order of the gates.
 
-    ranges: the largest magnitude of each layer's activation, by the layer's node.
+    Args:
+        model: an FP32 decode graph.
+        ranges: the largest magnitude of each layer's activation, by the layer's node.
+        kind: of levels.
     """
     graph = model.graph
     layers = [layer for layer in quantizable_layers(model) if layer.node in ranges]
@@ -94,7 +98,7 @@ def add_gates(model: ir.Model, ranges: Mapping[str, float]) -> list[str]:
         product = next(node for node in graph if node.name == layer.node)
         exact = product.outputs[0]
         users, name, is_output = list(exact.uses()), exact.name, exact.is_graph_output()
-        rounded, _ = simulate_layer(model, layer, ranges[layer.node], weight=True)
+        rounded, _ = simulate_layer(model, layer, ranges[layer.node], weight=True, kind=kind)
         gate = ir.node("Gather", [gates, constant(layer.node, number)], {"axis": 1})
         gate_of_row = ir.node("Unsqueeze", [gate.outputs[0], last])
         change = ir.node("Sub", [rounded, exact])
@@ -118,6 +122,7 @@ def worth_of_layers(
     manifest: Manifest,
     schedule: Schedule,
     ranges: Mapping[str, float],
+    kind: Quantization,
     images: Sequence[GeneratedImage],
     log_probabilities: Tensor,
 ) -> dict[str, float]:
@@ -128,11 +133,12 @@ def worth_of_layers(
         scratch: an empty folder.
         manifest, schedule: of the bundle in the making.
         ranges: the largest magnitude of each layer's activation, by the layer's node.
+        kind: of levels.
         images: some are compared, the first ones.
         log_probabilities: [images, S, V] as the exact graphs have them.
     """
     model = ir.load(graphs / "decode.onnx")
-    layers = add_gates(model, ranges)
+    layers = add_gates(model, ranges, kind)
     export.write_models({"decode": model}, scratch)
     executor = GatedExecutor(OnnxRuntimeExecutor({"decode": scratch / "decode.onnx"}), len(layers))
     pipeline = Pipeline(manifest, schedule, executor)

@@ -23,7 +23,7 @@ from lpd_export import __version__
 from lpd_export.bundle.manifest import GRAPH_NAMES, CalibrationRecord, Manifest
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, read_file, sha256, write_atomically
-from lpd_export.formats import BACKENDS, FLOAT32, PRECISIONS, Quantization
+from lpd_export.formats import BACKENDS, FLOAT32, INT8, PRECISIONS, Precision, Quantization
 from lpd_export.graphs import export
 from lpd_export.precision import calibration as calibration_module
 from lpd_export.precision import convolutions, equalization, quantization
@@ -37,7 +37,7 @@ from lpd_export.precision.calibration import (
 from lpd_export.precision.casting import HEADROOM, check_ranges, lower
 from lpd_export.precision.convolutions import Spans, quantize_convolutions
 from lpd_export.precision.equalization import equalize_graphs, equalized_ranges, range_scales
-from lpd_export.precision.quantization import CLIPPING, LEVELS, quantize
+from lpd_export.precision.quantization import CLIPPING, quantizable_layers, quantize
 from lpd_export.precision.sensitivity import Chooser
 from lpd_export.precision.weight_only import (
     WeightRounder,
@@ -71,7 +71,7 @@ class PrecisionWriter:
         exact: a folder with the FP32 ONNX files.
         scratch: a folder for trials, removed again.
         manifest, schedule: of the bundle in the making.
-        kept_layers: for INT8, the layers to leave in higher precision, by graph; those of other
+        kept_layers: of quantized graphs, the layers to leave in higher precision; those of other
             graphs are chosen.
     """
 
@@ -90,10 +90,9 @@ class PrecisionWriter:
         precision, backend = PRECISIONS[self.manifest.precision], self.manifest.backend
         float_type, quantization = precision.float_type(backend), precision.quantization
         weights_alone = quantization is not None and not precision.rounds_activations
+        check_kept_layers(self.kept_layers, self.exact, precision)
         self.scratch.mkdir()
-        calibration = calibrate(
-            self.exact, self.scratch, self.manifest, self.schedule, quantization is not None, report
-        )
+        calibration = calibrate(self.exact, self.scratch, self.manifest, self.schedule, report)
         if float_type != FLOAT32:
             check_ranges(calibration.ranges, float_type)
         spans = spans_for(backend, calibration)
@@ -102,7 +101,6 @@ class PrecisionWriter:
         weights: dict[str, Quantization] = {}
         decided: CalibrationRecord = {"largest_values": largest_values(calibration)}
         if quantization:
-            check_kept_layers(self.kept_layers, calibration.layers)
             report(f"measuring which layers {precision.name} must leave out")
             chooser = Chooser(self.exact, self.scratch, self.manifest, self.schedule, spans)
             decided["quantization"] = {}
@@ -114,8 +112,6 @@ class PrecisionWriter:
                 )
                 decided["quantization"]["decode"] = dataclasses.asdict(decision)  # type: ignore[assignment]
             for graph, layers in calibration.layers.items():
-                if graph == "decode" and weights_alone:
-                    continue
                 if graph in self.kept_layers:
                     chosen = chooser.keep(graph, layers, self.kept_layers[graph], report)
                 else:
@@ -130,7 +126,8 @@ class PrecisionWriter:
             ranges = quantized.get(graph, {})
             if graph in spans:
                 quantize_convolutions(model, ranges, spans[graph])
-            quantize(model, ranges, BACKENDS[backend].unsigned)
+            if kind := precision.quantization_of(graph):
+                quantize(model, ranges, BACKENDS[backend].unsigned, kind)
         if weights:
             quantize_weights(models["decode"], weights, rounder)
             halve_embedding(models["decode"])
@@ -144,34 +141,35 @@ def calibrate(
     scratch: Path,
     manifest: Manifest,
     schedule: Schedule,
-    with_layers: bool,
     report: Report,
 ) -> Calibration:
     """Measures FP32 graphs at work, and equalizes the channels of the decode graph in place.
 
-    What was measured of these very graphs before is taken instead. For INT8 all channels are
-    equalized, for other precisions those of a normalization that the float type could not hold.
+    What was measured of these very graphs before is taken instead. For quantized precisions all
+    channels are equalized, for others those of a normalization that the float type could not hold.
 
     Args:
         exact: a folder with the FP32 ONNX files.
         scratch: an empty folder for instrumented copies.
         manifest, schedule: of the bundle.
-        with_layers: whether to measure what quantizing each layer does.
         report: called with a line at the start of each stage.
 
     Returns:
         What was measured, of the graphs as they are now.
     """
-    known = cache_folder() / (
-        f"calibration-{_content_key(exact, manifest, schedule, with_layers)}.json"
-    )
+    precision = PRECISIONS[manifest.precision]
+    kinds = kinds_of_levels(precision)
+    # Where weights alone are stored as levels, a CPU's kernels round activations to INT8 as well.
+    equalized_for = precision.quantization and kinds.get("decode", INT8)
+    key = _content_key(exact, manifest, schedule, (equalized_for, kinds))
+    known = cache_folder() / f"calibration-{key}.json"
     kept = _read_calibration(known, report)
     calibrator = Calibrator(exact, scratch, manifest, schedule)
     if kept is None:
         report("measuring the range of every value at work")
-    measured = kept or calibrator.survey(with_layers)
+    measured = kept or calibrator.survey(equalized_for)
     decode = ir.load(exact / "decode.onnx")
-    limit = PRECISIONS[manifest.precision].float_type(manifest.backend).largest / HEADROOM
+    limit = precision.float_type(manifest.backend).largest / HEADROOM
     scales = measured.scales or range_scales(decode, measured.channels, limit)
     ranges = equalized_ranges(decode, measured.ranges["decode"], measured.channels, scales)
     equalized = dataclasses.replace(measured, ranges=measured.ranges | {"decode": ranges})
@@ -180,9 +178,9 @@ def calibrate(
         equalize_graphs(exact, scales)
     if kept is not None:
         return equalized
-    if with_layers:
+    if kinds:
         report("measuring the noise of every quantized layer")
-        layers, spans = calibrator.layers(equalized.ranges)
+        layers, spans = calibrator.layers(equalized.ranges, kinds)
         equalized = dataclasses.replace(equalized, layers=layers, spans=spans)
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +189,12 @@ def calibrate(
     except (OSError, UserError) as error:
         report(f"what was measured is not kept for the next build: {error}")
     return equalized
+
+
+def kinds_of_levels(precision: Precision) -> dict[str, Quantization]:
+    """For each graph whose products are computed on levels, of which kind."""
+    kinds = {graph: precision.quantization_of(graph) for graph in GRAPH_NAMES}
+    return {graph: kind for graph, kind in kinds.items() if kind and kind.activations}
 
 
 def _read_calibration(file: Path, report: Report) -> Calibration | None:
@@ -211,14 +215,14 @@ def spans_for(backend: str, calibration: Calibration) -> Mapping[str, Spans]:
     return calibration.spans if BACKENDS[backend].unsigned else {}
 
 
-def _content_key(exact: Path, manifest: Manifest, schedule: Schedule, with_layers: bool) -> str:
-    """What the measurements depend on."""
+def _content_key(exact: Path, manifest: Manifest, schedule: Schedule, wanted: object) -> str:
+    """What the measurements depend on; `wanted` says what is measured."""
     parts = [
         __version__,
         onnxruntime.__version__,
         *(sha256(Path(str(module.__file__))) for module in MEASURING),
-        (SEED, BATCH, CLIPPING, LEVELS),
-        with_layers,
+        (SEED, BATCH, CLIPPING),
+        repr(wanted),
         calibration_images(manifest.resolution),
         manifest.cfg,
         manifest.guidance,
@@ -255,14 +259,21 @@ def read_kept_layers(path: Path) -> dict[str, list[str]]:
     return kept
 
 
-def check_kept_layers(
-    kept: Mapping[str, Sequence[str]], layers: Mapping[str, Mapping[str, object]]
-) -> None:
-    """Raises UserError for a layer to keep that the graph has not."""
+def check_kept_layers(kept: Mapping[str, Sequence[str]], exact: Path, precision: Precision) -> None:
+    """Raises UserError for a layer to keep that the graph has not, or that is kept anyway.
+
+    exact: a folder with the FP32 ONNX files.
+    """
     for graph, names in kept.items():
+        if names and not precision.quantization_of(graph):
+            raise UserError(
+                f"--keep-layers names {names[0]!r} of {graph}.onnx, of which {precision.name} "
+                "quantizes no layer: leave them out"
+            )
+        layers = [layer.node for layer in quantizable_layers(ir.load(exact / f"{graph}.onnx"))]
         for name in names:
-            if name not in layers[graph]:
-                known = ", ".join(list(layers[graph])[:3])
+            if name not in layers:
+                known = ", ".join(layers[:3])
                 raise UserError(
                     f"--keep-layers names {name!r}, which is no layer of {graph}.onnx; there are "
                     f"{known}, and so on"

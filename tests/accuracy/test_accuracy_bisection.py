@@ -24,7 +24,7 @@ from lpd_export.build.request import read_recipe
 from lpd_export.build.settings import Source
 from lpd_export.bundle.inspection import GRAPH_TITLES
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
-from lpd_export.formats import FLOAT32, QUANTIZED
+from lpd_export.formats import FLOAT32, PRECISIONS, QUANTIZED
 from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.writer import read_kept_layers
 
@@ -345,7 +345,9 @@ def test_an_answer_that_fails_as_a_whole_is_searched_again(
         judged.append(whole)
         return not any(quantized[layer] for layer, late in wanted.items() if whole or not late)
 
-    bisector = Bisector(small_bundle / "onnx", tmp_path / "onnx", FLOAT32, judge, lines.append)
+    bisector = Bisector(
+        small_bundle / "onnx", tmp_path / "onnx", PRECISIONS["int8"], FLOAT32, judge, lines.append
+    )
     found = bisector.search("decode", layers)
     assert found.kept is not None
     assert set(found.kept) == set(wanted)

@@ -513,6 +513,28 @@ def test_limits_and_commands_are_on_the_page(tmp_path: Path) -> None:
     assert min(places) == places[2]  # the phase that failed first
 
 
+def test_what_more_layers_in_higher_precision_gave_is_on_the_page(tmp_path: Path) -> None:
+    decided = {"layers": 49, "measure": "KL", "limit": 0.0075}
+    kept = {"head/MatMul": 0.1, "blocks.0.fc1/MatMul": 0.2}
+    found = made_up(
+        decisions={
+            "decode": {
+                **decided,
+                "kept": kept,
+                "value": 0.007,
+                "trials": [[0, 0.0112], [2, 0.007]],
+            },
+            "tokenize": {**decided, "kept": {}, "value": 0.005},
+        }
+    )
+    page = report(tmp_path, found)
+    rows = "decode 0 49 KL 0.0112 0.0075 decode 2 49 KL 0.007 0.0075 tokenize 0 49 KL 0.005 0.0075"
+    assert rows in page.text
+    record = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert record["decisions"]["decode"]["trials"] == [[0, 0.0112], [2, 0.007]]
+    assert "Layers in higher precision" not in report(tmp_path, made_up()).text
+
+
 # ---------------------------------------------------------------------------------- the images
 
 

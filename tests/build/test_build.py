@@ -293,7 +293,12 @@ def test_a_dry_run_fetches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             "--res 256 --precision bf16",
             "cannot build bf16 for onnxruntime here: ONNX Runtime's CPU",
         ),
-        ("--res 256 --precision fp8", "'fp8' is not one of 'fp32', 'bf16', 'fp16', 'int8'"),
+        ("--res 256 --precision int3", "'int3' is not one of 'fp32', 'bf16', 'fp16', 'int8'"),
+        ("--res 256 --precision fp8", "no kernels for fp8 products: use int8, or tensorrt or"),
+        (
+            "--res 256 --precision fp8 --backend tensorrt --hardware-compatible",
+            "from compute capability 8.0 on, and fp8 needs 8.9: leave it out",
+        ),
         ("--res 256 --workspace 64", "--workspace is for engines: it needs --backend tensorrt or"),
         ("--res 256 --compute-capability 8.9", "--compute-capability is for engines"),
         ("--res 256 --backend tensorrt-rtx --compute-capability 1.0", "not for '1.0'"),

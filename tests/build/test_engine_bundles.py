@@ -507,6 +507,10 @@ def test_a_recipe_with_capabilities_of_a_wrong_type(
         ("tensorrt-rtx --hardware-compatible", "leave out hardware compatibility"),
         ("tensorrt-rtx --compute-capability 9.0", "12.1, not for '9.0'"),
         (
+            "tensorrt-rtx --precision fp8 --compute-capability 12.0 --compute-capability 8.6",
+            "fp8 needs compute capability 8.9: leave out 8.6",
+        ),
+        (
             "tensorrt-rtx --compute-capability 8.9 --compute-capability 8.9",
             "compute capability 8.9 is given twice",
         ),

@@ -9,7 +9,7 @@ from commandline import entries, mistake
 from lpd_export.build.request import BuildRequest, read_recipe
 from lpd_export.errors import UserError
 
-ANY_PRECISION = "fp32 or bf16 or fp16 or int8 or int8-weights or int4-weights"
+ANY_PRECISION = "fp32 or bf16 or fp16 or int8 or int8-weights or int4-weights or fp8"
 
 
 def write(folder: Path, text: str, name: str = "small.toml") -> Path:

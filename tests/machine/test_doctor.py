@@ -102,7 +102,8 @@ def diagnosis(facts: Facts) -> Diagnosis:
 # ------------------------------------------------------------------------------ the rules
 
 
-EVERYTHING = "fp32 bf16 fp16 int8 int8w int4w | fp32 bf16 fp16 int8 int8w int4w"
+AMPERE = "fp32 bf16 fp16 int8 int8w int4w | fp32 bf16 fp16 int8 int8w int4w"
+EVERYTHING = AMPERE.replace("int4w", "int4w fp8")
 
 
 def test_a_machine_with_everything() -> None:
@@ -128,7 +129,7 @@ def test_without_a_gpu_engines_for_rtx_are_still_built() -> None:
         ): "fp32 fp16 int8 int8w int4w | fp32 fp16 int8 int8w int4w",
         ("onnxruntime", "cuda"): "fp32 fp16 int8 int8w int4w | ",
         ("tensorrt", "cuda"): " | ",
-        ("tensorrt-rtx", "cuda"): "fp32 bf16 fp16 int8 int8w int4w | ",
+        ("tensorrt-rtx", "cuda"): "fp32 bf16 fp16 int8 int8w int4w fp8 | ",
     }
     for target in TARGETS[1:]:
         # The cause alone, not what follows from it.
@@ -221,17 +222,17 @@ def test_onnxruntime_without_cuda() -> None:
 @pytest.mark.parametrize(
     ("name", "capability", "tensorrt", "rtx"),
     [
-        ("Tesla V100", "7.0", " | ", "fp32 bf16 fp16 int8 int8w int4w | "),
+        ("Tesla V100", "7.0", " | ", "fp32 bf16 fp16 int8 int8w int4w fp8 | "),
         (
             "Tesla T4",
             "7.5",
             "fp32 fp16 int8 int8w int4w | fp32 fp16 int8 int8w int4w",
-            "fp32 bf16 fp16 int8 int8w int4w | fp32 fp16 int8w int4w",
+            "fp32 bf16 fp16 int8 int8w int4w fp8 | fp32 fp16 int8w int4w",
         ),
-        ("NVIDIA A100", "8.0", EVERYTHING, EVERYTHING),
+        ("NVIDIA A100", "8.0", AMPERE, AMPERE.replace(" |", " fp8 |")),
         # A capability of two digits is not less than one of one digit.
         ("NVIDIA RTX 5090", "12.0", EVERYTHING, EVERYTHING),
-        ("NVIDIA H100", "9.0", EVERYTHING, "fp32 bf16 fp16 int8 int8w int4w | "),
+        ("NVIDIA H100", "9.0", EVERYTHING, "fp32 bf16 fp16 int8 int8w int4w fp8 | "),
     ],
 )
 def test_compute_capabilities(name: str, capability: str, tensorrt: str, rtx: str) -> None:

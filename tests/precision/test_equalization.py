@@ -121,7 +121,7 @@ def test_outliers_cost_int8_nothing(small_bundle: Path, tmp_path: Path, factor: 
         models = {graph: ir.load(small_bundle / "onnx" / f"{graph}.onnx") for graph in GRAPH_NAMES}
         add_outliers(models["decode"], outliers)
         export.write_models(models, exact)
-        measured = calibrate(exact, scratch, manifest, bundle.schedule(), True, lambda line: None)
+        measured = calibrate(exact, scratch, manifest, bundle.schedule(), lambda line: None)
         chooser = Chooser(exact, scratch, manifest, bundle.schedule())
         return chooser.keep("decode", measured.layers["decode"], [])[1].value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,17 @@ from lpd_export.accuracy.comparison import relative_error
 from lpd_export.accuracy.thresholds import LIMITS
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.errors import UserError
-from lpd_export.formats import FLOAT16, FLOAT32, FloatType
+from lpd_export.formats import FLOAT16, FLOAT32, FP8, INT8, PRECISIONS, FloatType
 from lpd_export.graphs import export
 from lpd_export.precision.casting import lower
 from lpd_export.precision.portable import make_activations_unsigned, portable_files, round_to_bf16
-from lpd_export.precision.quantization import LEVELS, quantizable_layers, quantize, quantize_weight
+from lpd_export.precision.quantization import (
+    quantizable_layers,
+    quantize,
+    quantize_weight,
+    simulate_layer,
+)
+from lpd_export.precision.writer import check_kept_layers
 from lpd_export.schedule.schedule_file import Schedule
 from lpd_reference.checkpoint import load_lpd
 
@@ -328,7 +335,7 @@ def test_an_unsigned_product_is_what_signed_integers_give(
     x = generator.normal(size=(3, 8)).astype(np.float32)
     x[0, :3] = [-9, 9, 0]  # beyond both ends, and in the middle
     (out,) = run_model(model, tmp_path / "m", {"x": x}, optimizations).values()
-    step = 2.0 / LEVELS
+    step = 2.0 / INT8.largest
     levels, scales = quantize_weight(weight, 1)
     integers = np.clip(np.rint(x / step), -128, 127) @ levels.astype(np.float64)
     np.testing.assert_allclose(out, integers * step * scales, rtol=1e-4, atol=1e-5)
@@ -390,6 +397,79 @@ def test_an_int8_bundle_of_engines_is_verified_without_a_gpu(int8: Bundle, tmp_p
     assert result["ran"].endswith(", cpu, INT8 activations made unsigned")
     kl = of(result, "sequence_kl")
     assert 1e-7 < kl < LIMITS["int8"]["sequence_kl"]
+
+
+# ------------------------------------------------------------------------------------------ FP8
+
+
+def eight_bits(numbers: NDArray[Any]) -> NDArray[np.float64]:
+    """The nearest numbers of E4M3, none of them beyond 448."""
+    cut = np.clip(numbers.astype(np.float64), -448, 448)
+    return cut.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+@pytest.mark.parametrize("optimizations", OPTIMIZATIONS)
+@pytest.mark.parametrize("around", [FLOAT32, FLOAT16])
+def test_an_fp8_product_is_what_its_numbers_give(
+    tmp_path: Path, around: FloatType, optimizations: str
+) -> None:
+    """As bundles have it around in FP16, and as layers are simulated in FP32."""
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(8, 5)).astype(np.float32)
+    x = generator.normal(size=(3, 8)).astype(np.float32)
+    x[0, :4] = [-9, 9, 0, 1e-5]  # beyond both ends, in the middle, and among the smallest numbers
+    model = product_model(weight)
+    lower(model, around)
+    if around == FLOAT16:
+        quantize(model, {"layer/MatMul": 2.0}, kind=FP8)
+        types = [value.dtype for value in model.graph.initializers.values()]
+        assert types.count(ir.DataType.FLOAT8E4M3FN) == 3, "levels, and what they are 0 at"
+    else:
+        rounded, _ = simulate_layer(model, quantizable_layers(model)[0], 2.0, True, FP8)
+        model.graph.outputs[0].name, rounded.name = "exact", "y"
+        rounded.type, rounded.shape = model.graph.outputs[0].type, model.graph.outputs[0].shape
+        model.graph.outputs[0] = rounded
+    number_type = np.dtype(around.torch)
+    (out,) = run_model(model, tmp_path / "m", {"x": x.astype(number_type)}, optimizations).values()
+    step = number_type.type(2.0 / 448)
+    step = step if float(step) >= 2.0 / 448 else np.nextafter(step, number_type.type(1))
+    levels, scales = quantize_weight(
+        weight.astype(number_type), 1, ir.DataType[around.onnx], kind=FP8
+    )
+    assert np.abs(levels.astype(np.float32)).max(axis=0) == pytest.approx(448, rel=0.04)
+    wanted = eight_bits(x.astype(number_type) / step) @ levels.astype(np.float64) * step * scales
+    np.testing.assert_allclose(out, wanted, rtol=0.005, atol=0.005)
+
+
+@pytest.mark.engine
+def test_an_fp8_bundle_is_compiled_for_gpus_that_have_it_and_verified(
+    lifelike_bundle: LifelikeBundle, weights: Path, tmp_path: Path
+) -> None:
+    """Every product but the one left out is an FP8 kernel, in every profile."""
+    pytest.importorskip("tensorrt_rtx")
+    kept = str(weights / "kept.json")
+    bundle = Bundle.open(lifelike_bundle("fp8", "tensorrt-rtx", keep_layers=kept))
+    manifest = bundle.manifest
+    assert manifest.target_compute_capabilities == ["8.9", "12.0", "12.1"]
+    assert manifest.calibration["quantization"].keys() == {"decode"}
+    layers = manifest.calibration["quantization"]["decode"]["layers"]
+    engine, log = manifest.engines["decode"], bundle.file("engines/decode.log").read_text()
+    kernels = re.findall(r"Name: [^,]*MatMul[^,]*, LayerType: gemm, Inputs: (.*?), Constants", log)
+    assert sum("Datatype: FP8" in read for read in kernels) == (layers - 1) * engine["profiles"]
+    assert engine["decomposable_attentions"] == 0
+    result = verified(bundle, tmp_path / "out", "--onnx")
+    assert result["quantized"] == f"decode: {layers - 1} of {layers} layers FP8"
+    assert 1e-5 < of(result, "sequence_kl") < LIMITS["fp8"]["sequence_kl"]
+
+
+def test_layers_of_what_fp8_leaves_alone_are_not_to_be_named(
+    weights: Path, exact: Path, tmp_path: Path
+) -> None:
+    kept = {"decode": ["head/MatMul"], "detokenize": ["decoder.conv_out/Conv"]}
+    with pytest.raises(
+        UserError, match=r"'decoder.conv_out/Conv' of detokenize.onnx, of which fp8"
+    ):
+        check_kept_layers(kept, exact, PRECISIONS["fp8"])
 
 
 # -------------------------------------------------------------------------------------- bundles

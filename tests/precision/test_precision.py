@@ -25,7 +25,7 @@ from lpd_export import Pipeline, UserError
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, CalibrationRecord
-from lpd_export.formats import BFLOAT16, FLOAT16, PRECISIONS
+from lpd_export.formats import BFLOAT16, FLOAT16, INT8, PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision import quantization, writer
 from lpd_export.precision.calibration import (
@@ -38,7 +38,6 @@ from lpd_export.precision.calibration import (
 )
 from lpd_export.precision.casting import check_ranges, lower
 from lpd_export.precision.quantization import (
-    LEVELS,
     quantizable_layers,
     quantize,
     quantize_weight,
@@ -237,7 +236,7 @@ def test_quantized_weights_are_within_half_a_step(
     weight[(slice(None),) * axis + (0,)] = 0
     levels, scales = quantize_weight(weight, axis)
     assert levels.dtype == np.int8
-    assert np.abs(levels.astype(int)).max() <= LEVELS
+    assert np.abs(levels.astype(int)).max() <= INT8.largest
     steps = scales.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
     assert (np.abs(levels * steps - weight) <= steps * 0.5001).all()
 
@@ -268,7 +267,7 @@ def test_levels_are_of_the_scale_as_the_graph_has_it(largest: float) -> None:
     error = np.abs(stored["w/levels"] * scales - weight)
     assert (error <= scales * 0.5001).all()
     (step,) = (content for name, content in stored.items() if name.endswith("_scale"))
-    assert step * LEVELS >= largest
+    assert step * INT8.largest >= largest
 
 
 def test_a_quantized_product_is_what_integers_give(tmp_path: Path) -> None:
@@ -294,7 +293,7 @@ def test_a_quantized_product_is_what_integers_give(tmp_path: Path) -> None:
     assert ir.DataType.FLOAT not in {t for name, t in types.items() if name == "w"}
     values = rng.normal(size=(3, 8)).astype(np.float32)
     (out,) = run_model(model, tmp_path / "m", x=values).values()
-    step = 2.0 / LEVELS
+    step = 2.0 / INT8.largest
     levels, scales = quantize_weight(weight, 1)
     integers = np.clip(np.rint(values / step), -128, 127) @ levels.astype(np.float64)
     np.testing.assert_allclose(out, integers * step * scales, rtol=1e-4, atol=1e-5)
@@ -438,11 +437,12 @@ def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path
         zeroed[0] = 0
         value.const_value = ir.tensor(zeroed, name=value.name)
     export.write_models(changed, graphs)
-    calibrator = Calibrator(graphs, scratch, bundle.manifest, bundle.schedule())
-    layers = calibrator.layers(calibrator.survey(False).ranges)[0]["decode"]
+    manifest = dataclasses.replace(bundle.manifest, precision="int8")
+    calibrator = Calibrator(graphs, scratch, manifest, bundle.schedule())
+    layers = calibrator.layers(calibrator.survey(None).ranges, {"decode": INT8})[0]["decode"]
     noisiest = max(layers, key=lambda node: layers[node].noise)
     assert noisiest == "blocks.2.fc1/MatMul"
-    chooser = Chooser(graphs, scratch, bundle.manifest, bundle.schedule())
+    chooser = Chooser(graphs, scratch, manifest, bundle.schedule())
     ranges, decision = chooser.choose("decode", layers)
     assert noisiest not in ranges
     assert decision.kept[noisiest] == layers[noisiest].noise
@@ -567,4 +567,4 @@ def test_kl_is_zero_for_itself_and_what_it_is_otherwise() -> None:
 
 def test_a_layer_that_was_never_used_is_quantized_without_a_division_by_zero() -> None:
     assert step_of(0.0) > 0
-    assert step_of(2.0) == 2.0 / LEVELS
+    assert step_of(2.0) == 2.0 / INT8.largest

@@ -30,8 +30,8 @@ from lpd_export.precision.weight_only import (
 )
 
 KINDS = {
-    "int4": Quantization("", "INT4", "", bits=4, roundoff=1 / 14, block=32),
-    "int8": Quantization("", "INT8", "", bits=8, roundoff=1 / 254, block=64),
+    "int4": Quantization("", "INT4", "", bits=4, largest=7, roundoff=1 / 14, block=32),
+    "int8": Quantization("", "INT8", "", bits=8, largest=127, roundoff=1 / 254, block=64),
 }
 
 
@@ -129,7 +129,7 @@ def test_a_product_of_another_kind_stays_apart(exact: Path) -> None:
 def test_blocks_that_do_not_divide_a_layer_are_told(exact: Path) -> None:
     model = ir.load(exact)
     layer = quantizable_layers(model)[0]
-    wide = Quantization("", "INT4", "", bits=4, roundoff=1 / 14, block=96)
+    wide = Quantization("", "INT4", "", bits=4, largest=7, roundoff=1 / 14, block=96)
     with pytest.raises(UserError, match="not whole blocks of 96: this model is too narrow"):
         quantize_weights(model, {layer.node: wide}, WeightRounder({}))
 
