@@ -21,6 +21,9 @@ from lpd_export.accuracy.thresholds import LIMITS
 from lpd_export.bundle.classes import display_name
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.evaluation.classifier import load
+from lpd_export.evaluation.request import CLASSIFIER, STATISTICS, EvaluateRequest
+from lpd_export.evaluation.statistics import read_statistics
+from lpd_export.files import sha256
 from training.data import to_signed
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +71,17 @@ def test_what_it_is(demo_bundle: Path) -> None:
     names = json.loads((MODEL / "classes.json").read_text())
     assert [display_name(manifest.class_names, i) for i in range(len(names))] == names
     assert list(load(MODEL / "classifier.safetensors").class_names) == names
+
+
+def test_it_can_be_evaluated(demo_bundle: Path) -> None:
+    """Without a word of what sees its images and what they are compared with."""
+    request, classifier = EvaluateRequest(demo_bundle), MODEL / "classifier.safetensors"
+    assert request.beside(CLASSIFIER) == classifier
+    assert request.beside(STATISTICS) == MODEL / "statistics.npz"
+    statistics = read_statistics(MODEL / "statistics.npz")
+    # Of another classifier than this: make them again, with the command in the card.
+    assert statistics.features == sha256(classifier)
+    assert f"{statistics.count} images are for training" in CARD.read_text("utf-8")
 
 
 def test_weights_are_small_and_halves() -> None:
