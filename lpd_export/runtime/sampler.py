@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from itertools import product
 from typing import NamedTuple, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,7 +218,7 @@ def sample(
     kept = logits / temperature
     # NaN has no depth, but must not break a lookup.
     depth = (high / temperature - kept).nan_to_num_(nan=0.0)
-    weight = depth.double().neg_().exp_().mul_(WHOLE).add_(0.5).long()
+    weight = _weight(depth)
     if filtered:
         weight = _filter(kept, weight, rows)
     band = depth.clamp_(max=BANDS - 1).long()
@@ -237,13 +238,29 @@ def _find(weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return place, target - before
 
 
+def _weight(depth: Tensor) -> Tensor:
+    """Whole weights of tokens that are so many nats below the best."""
+    return depth.double().neg_().exp_().mul_(WHOLE).add_(0.5).long()
+
+
 def _filter(logits: Tensor, weight: Tensor, rows: SamplingRows) -> Tensor:
     """Weights [B, Q, V], 0 outside the top k of logits and then outside the top-p nucleus."""
-    ranked, index = logits.sort(dim=-1, descending=True, stable=True)
-    last = (rows.top_k - 1)[:, None, None].expand(*ranked.shape[:-1], 1)
-    outside = ranked < ranked.gather(-1, last)
-    cumulative = weight.gather(-1, index).masked_fill_(outside, 0).cumsum(dim=-1)
+    ranked = _descending(logits)
+    least = ranked.gather(-1, (rows.top_k - 1)[:, None, None].expand(*ranked.shape[:-1], 1))
+    depth = (ranked[..., :1] - ranked).nan_to_num_(nan=0.0)
+    cumulative = _weight(depth).masked_fill_(ranked < least, 0).cumsum(dim=-1)
     reached = rows.top_p.double()[:, None, None] * cumulative[..., -1:]
     # A token stays while those before it have not reached p: the first always does.
-    outside[..., 1:] |= cumulative[..., :-1] >= reached
-    return weight.masked_fill(outside.scatter(-1, index, outside), 0)
+    stay = 1 + (cumulative[..., :-1] < reached).sum(dim=-1, keepdim=True)
+    border = ranked.gather(-1, stay - 1)
+    tied = logits == border
+    # Of equal logits those with the lower ids.
+    of_tied = stay - (ranked > border).sum(dim=-1, keepdim=True)
+    inside = (logits > border) | (tied & (tied.cumsum(dim=-1) <= of_tied))
+    return weight.masked_fill(~inside | (logits < least), 0)
+
+
+def _descending(logits: Tensor) -> Tensor:
+    if logits.device.type == "cpu":  # NumPy sorts with vector instructions, torch does not
+        return torch.from_numpy(np.sort(logits.numpy(), axis=-1)).flip(-1)
+    return logits.sort(dim=-1, descending=True).values
