@@ -23,7 +23,7 @@ from PIL import Image
 
 from lpd_export.bundle.manifest import MANIFEST
 from lpd_export.errors import UserError
-from lpd_export.evaluation.statistics import IMAGES, LABELS, entries, read_header
+from lpd_export.evaluation.statistics import IMAGES, LABELS, entries, load_arrays, read_header
 from lpd_export.files import sha256
 from lpd_export.pictures import read_picture
 from lpd_export.run_request import RECORDS
@@ -38,7 +38,8 @@ Label = int | None
 CHUNK = 50
 """Images held at once, and seen between two savings; more only if a batch is larger."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MAX_SIDE = 8192
+MAX_SIDE, MAX_COUNT = 8192, 10_000_000
+"""Of the images in an array; more is damage."""
 MAX_MEMBER = 2**28
 """Bytes of an image in a tar."""
 
@@ -76,10 +77,11 @@ def open_images(path: Path) -> Source:
     """
     if path.is_dir():
         lines = read_records(path / RECORDS) if (path / RECORDS).is_file() else {}
-        arrays = {name for name in lines if name.endswith(".npz")}
+        # Of the folder itself: a record leads nowhere else.
+        arrays = [name for name in lines if name.endswith(".npz") and Path(name).name == name]
         if arrays:
-            return NpzImages(path / min(arrays), [label for _, label in lines[min(arrays)]])
-        return FolderImages(path, {name: found[-1][1] for name, found in lines.items()})
+            return NpzImages(path / arrays[0], lines[arrays[0]])
+        return FolderImages(path, {name: labels[-1] for name, labels in lines.items()})
     if path.suffix == ".npz":
         return NpzImages(path)
     if not path.exists():
@@ -89,14 +91,17 @@ def open_images(path: Path) -> Source:
     raise UserError(f"{path} is not a bundle, a folder of images, or an .npz of them")
 
 
-def read_records(path: Path) -> dict[str, list[tuple[int, Label]]]:
-    """Of each file that a run recorded, the index and class of each image in it."""
-    found: dict[str, list[tuple[int, Label]]] = {}
+def read_records(path: Path) -> dict[str, list[Label]]:
+    """Of each file that a run recorded, the class of each image in it."""
+    found: dict[str, list[Label]] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                found.setdefault(record["file"], []).append((record["index"], record["class_id"]))
+                name, label = record["file"], record["class_id"]
+                if type(name) is not str or type(label) not in (int, type(None)):
+                    raise ValueError("its file is no text, or its class no number")
+                found.setdefault(name, []).append(label)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path}, line {number}: not a record of `lpd-export run`; move the file away "
@@ -208,19 +213,18 @@ class NpzImages:
             or self._shape[3] != 3
             or dtype != np.uint8
             or not all(1 <= side <= MAX_SIDE for side in self._shape[1:3])
-            or not self._shape[0]
+            or not 1 <= self._shape[0] <= MAX_COUNT
         ):
             raise UserError(
                 f"{path} holds {IMAGES} as {dtype} {list(self._shape)}, which are not images, "
-                "uint8 [N, H, W, 3]"
+                f"uint8 [N, H, W, 3] of at most {MAX_COUNT} and {MAX_SIDE} px"
             )
         self.count = self._shape[0]
         self.side: int | None = max(self._shape[1:3])
         if labels is None and LABELS in found:
             shape, dtype = found[LABELS]
             if shape == (self.count,) and dtype.kind in "iu":
-                with np.load(path) as file:
-                    labels = file[LABELS].tolist()
+                labels = load_arrays(path, LABELS)[LABELS].tolist()
         if labels is not None and len(labels) != self.count:
             raise UserError(
                 f"{path} holds {self.count} images, and {len(labels)} are recorded beside it: run "
@@ -241,7 +245,7 @@ class NpzImages:
                         raise EOFError(f"image {start} and what comes after are missing")
                     pixels = np.frombuffer(bytearray(content), np.uint8)  # writable, for torch
                     yield _of_pixels(pixels.reshape(-1, *row), labels)
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        except Exception as error:  # what zipfile, zlib and NumPy raise
             raise UserError(f"{self._path} is damaged: {error}") from error
 
 

@@ -59,7 +59,7 @@ def entries(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
                     with archive.open(member) as file:
                         found[member.removesuffix(".npy")] = read_header(file)
             return found
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # what zipfile, zlib, NumPy and the tokenizer of its headers raise
         raise UserError(f"{path} is not an .npz of NumPy's, or is damaged: {error}") from error
 
 
@@ -77,6 +77,23 @@ def read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if fortran and len(shape) == 4:
         raise ValueError("images are stored in Fortran order")
     return shape, dtype
+
+
+def load_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
+    """Some arrays of an `.npz`, whose shapes were looked at before; never a pickle.
+
+    Raises:
+        UserError: if they are damaged.
+    """
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in names}
+    except Exception as error:  # as above
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _is_one(found: tuple[tuple[int, ...], np.dtype[Any]] | None, kind: str) -> bool:
+    return found is not None and found[0] == () and found[1].kind == kind
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -103,10 +120,12 @@ def read_statistics(path: Path) -> Statistics:
             f"{path} holds {MEAN} {dtype} {list(shape)} and {COVARIANCE} {square_dtype} "
             f"{list(square)}, which are not the mean [F] and covariance [F, F] of features"
         )
-    with np.load(path) as file:  # never a pickle
-        mean, covariance = (file[name].astype(np.float64) for name in (MEAN, COVARIANCE))
-        features = str(file[FEATURES]) if FEATURES in found else None
-        count = int(file[COUNT]) if COUNT in found else None
+    # What this package adds is taken where it is what this package writes.
+    added = [n for n, kind in ((FEATURES, "U"), (COUNT, "i")) if _is_one(found.get(n), kind)]
+    arrays = load_arrays(path, MEAN, COVARIANCE, *added)
+    mean, covariance = (arrays[name].astype(np.float64) for name in (MEAN, COVARIANCE))
+    features = str(arrays[FEATURES]) if FEATURES in added else None
+    count = int(arrays[COUNT]) if COUNT in added else None
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path} holds NaN or infinity: it is no statistics of features")
     if not np.allclose(covariance, covariance.T, atol=1e-4 * np.abs(covariance).max()):

@@ -380,7 +380,28 @@ def test_wrong_statistics_are_refused(
         raise AssertionError(told(drawn, against=tmp_path / "statistics.npz"))
 
 
-@pytest.mark.parametrize("damage", ["floats", "flat", "cut", "no zip", "short"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"file": "../photos.npz", "class_id": 1},
+        {"file": ["images.npz"], "class_id": 1},
+        {"file": 3, "class_id": 1},
+        {"file": "00.png", "class_id": "heart"},
+        ["00.png"],
+    ],
+)
+def test_records_lead_nowhere_else(
+    tmp_path: Path, told: Callable[..., str], record: object
+) -> None:
+    save_npz(tmp_path / "photos.npz", pictures())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "images.jsonl").write_text(json.dumps(record) + "\n")
+    said = told(folder)
+    assert "line 1: not a record of `lpd-export run`" in said or "holds no images" in said
+
+
+@pytest.mark.parametrize("damage", ["floats", "flat", "cut", "no zip", "short", "bits", "endless"])
 def test_wrong_images_are_refused(tmp_path: Path, told: Callable[..., str], damage: str) -> None:
     path, drawn = tmp_path / "drawn.npz", pictures()
     words = {
@@ -389,13 +410,24 @@ def test_wrong_images_are_refused(tmp_path: Path, told: Callable[..., str], dama
         "cut": "is not an .npz of NumPy's, or is damaged",
         "no zip": "is not an .npz of NumPy's, or is damaged",
         "short": "is damaged: image 0 and what comes after are missing",
+        "bits": "damaged: ",
+        "endless": "which are not images",
     }
     if damage == "floats":
         np.savez(path, arr_0=drawn.astype(np.float32))
     elif damage == "flat":
         np.savez(path, arr_0=drawn.reshape(COUNT, -1))
     else:
-        save_npz(path, drawn)
+        save_npz(path, drawn, compress=damage == "bits")
+    if damage == "bits":
+        content = bytearray(path.read_bytes())
+        content[60:160] = bytes(100)
+        path.write_bytes(content)
+    elif damage == "endless":
+        header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (10**15, 16, 16, 3)}\n"
+        header = header.replace(b"10**15", b"1" + 15 * b"0")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arr_0.npy", b"\x93NUMPY\1\0" + bytes([len(header), 0]) + header)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "no zip":
