@@ -145,6 +145,17 @@ class ModelThread:
         """Puts a request's images into the queue, all or none.
 
         Raises:
+            QueueFullError, StoppingError: as `check_room`.
+        """
+        with self._changed:
+            self.check_room(len(jobs))
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def check_room(self, images: int = 1) -> None:
+        """Sees that so many more would be taken.
+
+        Raises:
             QueueFullError: if there is no room.
             StoppingError: after `stop`.
         """
@@ -152,21 +163,19 @@ class ModelThread:
             if self._stopping:
                 raise StoppingError
             waiting = len(self._waiting) + len(self._tasks)
-            if waiting + len(jobs) > self.max_queue:
+            if waiting + images > self.max_queue:
                 seconds = max(1, math.ceil(self._pace * waiting))
                 raise QueueFullError(waiting, self.max_queue, seconds)
-            self._waiting.extend(jobs)
-            self._changed.notify()
 
     def call(self, task: Callable[[Pipeline], Result]) -> Future[Result]:
         """Runs something else that needs the model, between two batches.
 
         Raises:
-            QueueFullError, StoppingError: as `submit`.
+            QueueFullError, StoppingError: as `check_room`.
         """
         future: Future[Result] = Future()
-        self.submit([])  # refuses as for an image
         with self._changed:
+            self.check_room()
             self._tasks.append((future, task))
             self._changed.notify()
         return future

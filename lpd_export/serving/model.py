@@ -35,6 +35,8 @@ from lpd_export.serving.schema import EditForm, GenerationRequest, Settings
 RANDOM_SEEDS = 2**32
 """A seed that nobody gave is below this, which every client's numbers hold."""
 KEPT_SCHEDULES = 16
+PICTURES = 8
+"""Uploaded ones that are in memory at once; the others wait as files."""
 
 Pixels = NDArray[np.uint8]
 
@@ -64,6 +66,7 @@ class ServedModel:
         self._meters = meters
         self._schedules: dict[tuple[int, str], Schedule] = {}
         self._making = threading.Lock()
+        self._pictures = asyncio.Semaphore(PICTURES)
         meters.queue.labels(name).set_function(lambda: self.thread.waiting)
 
     def _count_batch(self, images: int, seconds: float) -> None:
@@ -114,16 +117,19 @@ class ServedModel:
         Raises:
             RefusedError: as `plan_generation`, for a picture that cannot be read, or a mask that
                 makes no sense.
+            QueueFullError, StoppingError: if nothing is taken.
         """
         label, seed, sampling = self._common(asked)
         schedule = await self._schedule_of(asked.steps, None)
-        image = await asked.image.read()
-        mask = None if asked.mask is None else await asked.mask.read()
-        prepare = await asyncio.to_thread(self._read_edit, asked, image, mask)
-        try:
-            edit = await asyncio.wrap_future(self.thread.call(prepare))
-        except UserError as error:
-            raise refusal(error, "image", wrong=True) from error
+        self.thread.check_room(asked.n)  # before a picture is read
+        async with self._pictures:
+            image = await asked.image.read()
+            mask = None if asked.mask is None else await asked.mask.read()
+            prepare = await asyncio.to_thread(self._read_edit, asked, image, mask)
+            try:
+                edit = await asyncio.wrap_future(self.thread.call(prepare))
+            except UserError as error:
+                raise refusal(error, "image", wrong=True) from error
         labels = [label] * asked.n
         requests = await asyncio.to_thread(
             edit.requests, labels, seed, sampling, schedule, asked.order, asked.index

@@ -263,7 +263,11 @@ def test_a_full_queue_refuses_and_says_when(served: Running, http: httpx2.Client
             waits = clients.submit(http.post, GENERATIONS, json={"prompt": "1", "n": 10})
             until(lambda: thread.waiting == 10)
             refused = http.post(GENERATIONS, json={"prompt": "1", "n": 7})
-            assert thread.waiting == 10
+            rest = clients.submit(http.post, GENERATIONS, json={"prompt": "1", "n": 6})
+            until(lambda: thread.waiting == 16)
+            edit = {"files": {"image": b"of any kind"}, "data": {"box": "0,0,1,1"}}
+            assert http.post(EDITS, **edit).status_code == 429  # type: ignore[arg-type]
+        assert rest.result().status_code == 200
         assert len(waits.result().json()["data"]) == 10
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) >= 1
