@@ -1,5 +1,6 @@
 # make demo: environment, bundle and images. make test: every test; make test-unit: those that
-# need no bundle, in a minute. make lint: style, types and docs; make docs: the pages as a site.
+# need no bundle, in a minute; make test-triton: those with NVIDIA's Triton Inference Server, which
+# it downloads. make lint: style, types and docs; make docs: the pages as a site.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := engines/demo/manifest.json
 
-.PHONY: demo test test-unit lint docs benchmark clean
+.PHONY: demo test test-unit test-triton lint docs benchmark clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)
@@ -31,6 +32,22 @@ test: $(READY)
 
 test-unit: $(READY)
 	$(PYTEST) -m unit
+
+# The server is in a wheel whose own Python part wants other versions than ours: it and the clients
+# are kept apart, without what they depend on.
+TRITON := build/triton
+TRITON_SERVER := nvidia-pytriton==0.7.0
+TRITON_CLIENTS := tritonclient==2.73.0 grpcio==1.85.3 geventhttpclient==2.6.1 gevent==26.9.0 \
+  zope.event==6.2 zope.interface==8.7 brotli==1.2.1 python-rapidjson==1.25
+
+test-triton: $(TRITON)/.ready
+	$(BIN)/python -m pytest -m triton
+
+$(TRITON)/.ready: Makefile $(READY)
+	rm -rf $(TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON)/server $(TRITON_SERVER)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON)/client $(TRITON_CLIENTS)
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

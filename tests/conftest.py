@@ -28,7 +28,7 @@ from lpd_reference.vq import VQConfig
 EMOJI_RECIPE = Path(__file__).parent / "data" / "lpd-emoji32" / "recipe.toml"
 DEMO_RECIPE = Path(__file__).parents[1] / "engines" / "demo.toml"
 SMALL_NAMES = [["red panda", "firefox"], "ice-cream", "crane", ["Crane", "bird"], "monkey-face"]
-KINDS = ("model", "engine", "slow", "gpu")
+KINDS = ("model", "engine", "slow", "gpu", "triton")
 MODEL_FIXTURES = {
     "broken_bundle",
     "demo_bundle",

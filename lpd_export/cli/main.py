@@ -36,6 +36,7 @@ COMMANDS = (
     "merge",
     "edit",
     "serve",
+    "triton",
     "verify",
     "bench",
     "evaluate",

@@ -29,7 +29,7 @@ from lpd_export.schedule.schedule_file import FOREIGN, Schedule
 from lpd_export.serving.batching import Client, Event, Job, ModelThread
 from lpd_export.serving.metrics import Meters
 from lpd_export.serving.refusals import RefusedError, refusal
-from lpd_export.serving.request import ServeRequest
+from lpd_export.serving.request import ServeRequest, batch_of
 from lpd_export.serving.schema import EditForm, GenerationRequest, Settings
 
 RANDOM_SEEDS = 2**32
@@ -58,7 +58,7 @@ class ServedModel:
         self.schedule = bundle.schedule()
         self.thread = ModelThread(
             partial(Pipeline.open, bundle.path, device=request.device, threads=request.threads),
-            request.batch_of(bundle),
+            batch_of(bundle, request.batch),
             request.max_queue,
             request.max_wait / 1e3,
             self._count_batch,

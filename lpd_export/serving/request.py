@@ -5,6 +5,7 @@ Knows the options and their bounds, and which bundles are served under which nam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -50,26 +51,7 @@ class ServeRequest:
         checked("--batch", self.batch, Positive | None)
         checked("--max-wait", self.max_wait, Milliseconds)
         checked("--threads", self.threads, Threads | None)
-        bundles: dict[str, Bundle] = {}
-        for path in self.bundles:
-            name, bundle = path.resolve().name, Bundle.open(path)
-            if name in bundles:
-                raise UserError(
-                    f"{bundles[name].path} and {path} are both called {name}: clients choose a "
-                    "model by its folder's name, so rename one"
-                )
-            limit = bundle.manifest.max_batch
-            if self.batch is not None and limit is not None and self.batch > limit:
-                raise UserError(
-                    f"{path} takes batches of up to {limit} images, not {self.batch}: give a "
-                    f"smaller --batch, or build it with --max-batch {self.batch}"
-                )
-            bundles[name] = bundle
-        return bundles
-
-    def batch_of(self, bundle: Bundle) -> int:
-        """How many images of a bundle are made together at most."""
-        return self.batch or bundle.manifest.max_batch or DEFAULT_BATCH
+        return named_bundles(self.bundles, self.batch)
 
     def keys(self) -> frozenset[bytes]:
         """The API keys, one a line of the file; none if everybody may ask.
@@ -87,3 +69,32 @@ class ServeRequest:
         if not keys:
             raise UserError(f"{self.api_key} holds no key: write one a line")
         return keys
+
+
+def named_bundles(paths: Sequence[Path], batch: int | None) -> dict[str, Bundle]:
+    """Bundles by the names of their folders, as clients call them.
+
+    Raises:
+        UserError: for what is no bundle, a name that two have, or a batch that one does not take.
+    """
+    bundles: dict[str, Bundle] = {}
+    for path in paths:
+        name, bundle = path.resolve().name, Bundle.open(path)
+        if name in bundles:
+            raise UserError(
+                f"{bundles[name].path} and {path} are both called {name}: clients choose a "
+                "model by its folder's name, so rename one"
+            )
+        limit = bundle.manifest.max_batch
+        if batch is not None and limit is not None and batch > limit:
+            raise UserError(
+                f"{path} takes batches of up to {limit} images, not {batch}: give a "
+                f"smaller --batch, or build it with --max-batch {batch}"
+            )
+        bundles[name] = bundle
+    return bundles
+
+
+def batch_of(bundle: Bundle, batch: int | None) -> int:
+    """How many images of a bundle are made together, if `batch` was asked for."""
+    return batch or bundle.manifest.max_batch or DEFAULT_BATCH
