@@ -37,7 +37,8 @@ from lpd_reference.lpd import LPD
 from lpd_reference.vq import VQTokenizer
 
 KERNEL = re.compile(r"^ *Name: \S*_myl(\d+)_\d+, LayerType: (\w+)", re.MULTILINE)
-ON_THE_HOST = "shape_call"
+NO_KERNELS = ("shape_call", "signal", "wait")
+"""Layers of the host, and of streams that wait for one another."""
 ALLOCATIONS = ("empty", "new_empty", "detach", "alias")
 
 
@@ -65,7 +66,7 @@ def engine_kernels(bundle: Bundle) -> dict[str, int]:
         graph: Counter(
             int(profile)
             for profile, kind in KERNEL.findall((bundle.path / f"engines/{graph}.log").read_text())
-            if kind != ON_THE_HOST
+            if kind not in NO_KERNELS
         )
         for graph in ("decode", "detokenize")
     }
