@@ -30,6 +30,9 @@ WHOLE = 2.0**44
 """The weight of a row's most probable token. Weights are whole numbers, whose sums are the same in
 any order: whatever adds them up draws the same. A sum of 2^18 tokens fits in 64 bits."""
 
+IN_CACHE = 2**16
+"""Logits drawn from at once on a CPU, so that what is computed of them stays in its cache."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -124,10 +127,17 @@ def draw_step(
         guided: whether there are null rows.
         filtered: whether any image has a filter.
     """
-    logits = guide(logits, cells.scale) if guided else logits
-    drawn, finite = sample(logits, cells.uniform, rows, filtered)
-    cells.finite.copy_(finite)
-    torch.where(cells.given < 0, drawn, cells.given, out=cells.tokens)
+    images, queries = cells.tokens.shape
+    together = queries
+    if logits.device.type == "cpu":
+        together = max(1, IN_CACHE // (images * logits.shape[-1]))
+    for first in range(0, queries, together):
+        of_some = logits[:, first : first + together]
+        some = StepCells(*(view[:, first : first + together] for view in cells))
+        guided_logits = guide(of_some, some.scale) if guided else of_some
+        drawn, finite = sample(guided_logits, some.uniform, rows, filtered)
+        some.finite.copy_(finite)
+        torch.where(some.given < 0, drawn, some.given, out=some.tokens)
 
 
 @cache
