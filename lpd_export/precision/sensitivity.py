@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +32,8 @@ from lpd_export.precision.calibration import (
 )
 from lpd_export.precision.casting import lower
 from lpd_export.precision.convolutions import Spans, quantize_convolutions, shares_of_work
-from lpd_export.precision.quantization import quantize
-from lpd_export.precision.worth import worth_of_layers
+from lpd_export.precision.quantization import Layer, quantize, simulate_layer
+from lpd_export.precision.worth import Simulation, worth_of_layers
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
@@ -170,29 +170,41 @@ class Chooser:
                     ranking += self._most_harmful_first(graph, layers, ranking)
                 continue
             if not kept:
-                worth = self._worth(layers)
-                ranking = sorted(worth, key=worth.__getitem__, reverse=True)
+                worth = self.worth(layers, self._simulation(layers))
+                ranking = [*worth]
             elif kept >= MOST_KEPT * len(layers):
                 break
-            kept = next_trial([worth[node] for node in ranking], kept, value, target.limit)
+            kept = next_trial([*worth.values()], kept, value, target.limit)
         raise UserError(
             f"{self._precision.name} changes this model too much: with half of its layers kept in "
             f"higher precision the {target.measure} is {value:.3g}, above {target.limit}; use "
             "--precision fp16"
         )
 
-    def _worth(self, layers: Mapping[str, LayerMeasurement]) -> dict[str, float]:
-        assert self._precision.quantization is not None
-        return worth_of_layers(
+    def _simulation(self, layers: Mapping[str, LayerMeasurement]) -> Simulation:
+        """Of layers whose activations are rounded as well."""
+        kind = self._precision.quantization
+        assert kind is not None
+
+        def simulate(model: ir.Model, layer: Layer) -> ir.Value:
+            activation_range = layers[layer.node].activation_range
+            return simulate_layer(model, layer, activation_range, weight=True, kind=kind)[0]
+
+        return simulate
+
+    def worth(self, nodes: Collection[str], simulate: Simulation) -> dict[str, float]:
+        """What quantizing each layer of the decode graph alone changes of it, the most first."""
+        worth = worth_of_layers(
             self._graphs,
             self._scratch,
             self._manifest,
             self._schedule,
-            {node: layer.activation_range for node, layer in layers.items()},
-            self._precision.quantization,
+            nodes,
+            simulate,
             self._images,
             self._log_probabilities,
         )
+        return dict(sorted(worth.items(), key=lambda entry: entry[1], reverse=True))
 
     def _most_harmful_first(
         self, graph: str, layers: Mapping[str, LayerMeasurement], known: Sequence[str]

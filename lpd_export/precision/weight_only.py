@@ -9,8 +9,8 @@ decided by trying.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -21,11 +21,8 @@ from lpd_export.errors import UserError
 from lpd_export.formats import Precision, Quantization
 from lpd_export.precision.quantization import STORED, Layer, quantizable_layers
 from lpd_export.precision.rounding import Levels, round_weight
-from lpd_export.precision.sensitivity import Chooser, GraphDecision
+from lpd_export.precision.sensitivity import MOST_KEPT, Chooser, GraphDecision, next_trial
 from lpd_export.progress import Report
-
-NOISIEST = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Shares of the layers that are kept, the noisiest first, in the order of trial."""
 
 
 def choose_weights(
@@ -41,7 +38,7 @@ def choose_weights(
         chooser: of the bundle in the making.
         precision: of the bundle.
         rounder: of the decode graph's weights.
-        kept_layers: decided elsewhere; None to try the layers in the order of their noise.
+        kept_layers: decided elsewhere; None to keep those first that change the graph most.
         report: called with a line a trial.
 
     Raises:
@@ -49,47 +46,65 @@ def choose_weights(
     """
     quantization = precision.quantization
     assert quantization is not None
-    noise = layer_noise(chooser.model("decode"), quantization, rounder.moments)
-    noisiest = sorted(noise, key=noise.__getitem__, reverse=True)
-    counts = [math.ceil(share * len(noise)) for share in NOISIEST]
-    trials = [kept_layers] if kept_layers is not None else [noisiest[:count] for count in counts]
+    graph = chooser.model("decode")
+    nodes = [layer.node for layer in quantizable_layers(graph)]
     target = chooser.targets["decode"]
+    kept = kept_layers or []
+    worth: dict[str, float] = {}
     tried: list[tuple[int, float]] = []
-    for kept in trials:
-        layers = {node: quantization for node in noise if node not in kept}
+    while True:
+        layers = {node: quantization for node in nodes if node not in kept}
         if quantization.kept:
             layers |= dict.fromkeys(kept, quantization.kept)
         model = chooser.model("decode")
         quantize_weights(model, layers, rounder)
         value = chooser.measure("decode", model)
-        share = f"{len(noise) - len(kept)} of {len(noise)} layers {quantization.title}"
+        share = f"{len(nodes) - len(kept)} of {len(nodes)} layers {quantization.title}"
         report(f"decode: {share}, {target.measure} {value:.4g}")
         tried.append((len(kept), value))
         if target.met(value) or kept_layers is not None:
-            of_kept = {node: noise[node] for node in kept}
-            decision = GraphDecision(
-                len(noise), of_kept, target.measure, value, target.limit, tried
-            )
+            noise = layer_noise(graph, kept, quantization, rounder)
+            decision = GraphDecision(len(nodes), noise, target.measure, value, target.limit, tried)
             return layers, decision
+        if len(kept) >= MOST_KEPT * len(nodes):
+            break
+        worth = worth or chooser.worth(nodes, partial(simulate_weight, rounder, quantization))
+        kept = [*worth][: next_trial([*worth.values()], len(kept), value, target.limit)]
     raise UserError(
         f"{precision.name} changes this model too much: with half of its layers kept the "
         f"{target.measure} is {value:.3g}, above {target.limit}; use --precision fp16"
     )
 
 
+def simulate_weight(
+    rounder: WeightRounder, quantization: Quantization, model: ir.Model, layer: Layer
+) -> ir.Value:
+    """Adds the product with a layer's rounded weight to an FP32 graph, beside it."""
+    graph = model.graph
+    node = next(node for node in graph if node.name == layer.node)
+    weight = graph.initializers[layer.weight]
+    levels, scales = rounder.round(layer, weight, quantization)
+    content = levels * scales.repeat_interleave(quantization.block, dim=0)
+    rounded = _constant(graph, f"{layer.node}/rounded", ir.tensor(content.numpy()))
+    product = ir.node("MatMul", [node.inputs[0], rounded])
+    graph.insert_after(node, product)
+    return product.outputs[0]
+
+
 def layer_noise(
-    model: ir.Model, quantization: Quantization, moments: Mapping[str, Tensor]
+    model: ir.Model, nodes: Collection[str], quantization: Quantization, rounder: WeightRounder
 ) -> dict[str, float]:
-    """Squared error over squared signal of each product's output, by its node."""
+    """Squared error over squared signal of the output of some products, by node."""
     noise = {}
     for layer in quantizable_layers(model):
-        value = model.graph.initializers[layer.weight].const_value
-        assert value is not None
-        weight = torch.from_numpy(value.numpy().astype(np.float32))
-        check_blocks(layer.node, len(weight), quantization)
-        levels, scales = round_weight(weight, levels_of(quantization, torch.float32))
-        error = levels * scales.repeat_interleave(quantization.block, dim=0) - weight
-        seen = moments[layer.activation]
+        if layer.node not in nodes:
+            continue
+        value = model.graph.initializers[layer.weight]
+        assert value.const_value is not None
+        weight = torch.from_numpy(value.const_value.numpy().astype(np.float32))
+        levels, scales = rounder.round(layer, value, quantization)
+        error = levels * scales.float().repeat_interleave(quantization.block, dim=0) - weight
+        seen = rounder.moments[layer.activation]
         signal = float((weight * (seen @ weight)).sum())
         noise[layer.node] = float((error * (seen @ error)).sum()) / (signal or 1.0)
     return noise

@@ -9,7 +9,7 @@ Knows the graph and its run; what follows from it is decided in `sensitivity`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from lpd_export.bundle.manifest import Manifest
-from lpd_export.formats import Quantization
 from lpd_export.graphs import contract, export
-from lpd_export.precision.quantization import quantizable_layers, simulate_layer
+from lpd_export.precision.quantization import Layer, quantizable_layers
 from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.schedule.schedule_file import Schedule
 
+Simulation = Callable[[ir.Model, Layer], ir.Value]
+"""Adds nodes for what a layer gives once it is quantized, beside the graph; returns that value."""
 GATES = "gates"
 """Input [rows, layers] of a gated graph: 1 where a row has a layer quantized, else 0."""
 TOGETHER = 8
@@ -74,16 +75,16 @@ class GatedExecutor:
         return self._executor.bind(graph, {**tensors, GATES: gates})
 
 
-def add_gates(model: ir.Model, ranges: Mapping[str, float], kind: Quantization) -> list[str]:
+def add_gates(model: ir.Model, nodes: Collection[str], simulate: Simulation) -> list[str]:
     """Gives a graph the input GATES, in place; returns its layers in the order of the gates.
 
     Args:
         model: an FP32 decode graph.
-        ranges: the largest magnitude of each layer's activation, by the layer's node.
-        kind: of levels.
+        nodes: of the layers to try.
+        simulate: one of them.
     """
     graph = model.graph
-    layers = [layer for layer in quantizable_layers(model) if layer.node in ranges]
+    layers = [layer for layer in quantizable_layers(model) if layer.node in nodes]
     gates = ir.Value(name=GATES, type=ir.TensorType(ir.DataType.FLOAT))
     gates.shape = ir.Shape([contract.ROWS, len(layers)])
     graph.inputs.append(gates)
@@ -98,7 +99,7 @@ def add_gates(model: ir.Model, ranges: Mapping[str, float], kind: Quantization) 
         product = next(node for node in graph if node.name == layer.node)
         exact = product.outputs[0]
         users, name, is_output = list(exact.uses()), exact.name, exact.is_graph_output()
-        rounded, _ = simulate_layer(model, layer, ranges[layer.node], weight=True, kind=kind)
+        rounded = simulate(model, layer)
         gate = ir.node("Gather", [gates, constant(layer.node, number)], {"axis": 1})
         gate_of_row = ir.node("Unsqueeze", [gate.outputs[0], last])
         change = ir.node("Sub", [rounded, exact])
@@ -121,8 +122,8 @@ def worth_of_layers(
     scratch: Path,
     manifest: Manifest,
     schedule: Schedule,
-    ranges: Mapping[str, float],
-    kind: Quantization,
+    nodes: Collection[str],
+    simulate: Simulation,
     images: Sequence[GeneratedImage],
     log_probabilities: Tensor,
 ) -> dict[str, float]:
@@ -132,13 +133,13 @@ def worth_of_layers(
         graphs: a folder with the FP32 ONNX files.
         scratch: an empty folder.
         manifest, schedule: of the bundle in the making.
-        ranges: the largest magnitude of each layer's activation, by the layer's node.
-        kind: of levels.
+        nodes: of the layers to try.
+        simulate: one of them.
         images: some are compared, the first ones.
         log_probabilities: [images, S, V] as the exact graphs have them.
     """
     model = ir.load(graphs / "decode.onnx")
-    layers = add_gates(model, ranges, kind)
+    layers = add_gates(model, nodes, simulate)
     export.write_models({"decode": model}, scratch)
     executor = GatedExecutor(OnnxRuntimeExecutor({"decode": scratch / "decode.onnx"}), len(layers))
     pipeline = Pipeline(manifest, schedule, executor)

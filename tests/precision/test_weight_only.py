@@ -25,9 +25,10 @@ from lpd_export.precision.sensitivity import Chooser, Target
 from lpd_export.precision.weight_only import (
     WeightRounder,
     choose_weights,
-    layer_noise,
     quantize_weights,
+    simulate_weight,
 )
+from lpd_export.precision.worth import Simulation
 
 KINDS = {
     "int4": Quantization("", "INT4", "", bits=4, largest=7, roundoff=1 / 14, block=32),
@@ -148,9 +149,13 @@ class Trials:
         stored = [value.dtype for value in model.graph.initializers.values()]
         return float(stored.count(ir.DataType.INT4))
 
+    def worth(self, nodes: list[str], simulate: Simulation) -> dict[str, float]:
+        """The last are worth most."""
+        return {node: 1.0 + i for i, node in reversed([*enumerate(nodes)])}
+
 
 @pytest.mark.model
-def test_the_noisiest_layers_are_stored_in_more_bits_until_it_is_enough(exact: Path) -> None:
+def test_what_changes_a_graph_most_is_stored_in_more_bits_until_it_is_enough(exact: Path) -> None:
     model = ir.load(exact)
     layers = quantizable_layers(model)
     moments = {
@@ -162,19 +167,40 @@ def test_the_noisiest_layers_are_stored_in_more_bits_until_it_is_enough(exact: P
     chosen, decision = choose_weights(
         cast(Chooser, Trials(exact, 8)), precision, rounder, None, lines.append
     )
-    noise = layer_noise(ir.load(exact), INT4_WEIGHTS, moments)
     assert decision.layers == len(layers) == len(chosen)
     assert 0 < len(decision.kept) < len(layers)
-    assert min(noise[node] for node in decision.kept) >= max(
-        noise[node] for node in noise if node not in decision.kept
-    )
-    assert {node for node, kind in chosen.items() if kind == INT8_WEIGHTS} == set(decision.kept)
+    last = [layer.node for layer in layers][-len(decision.kept) :]
+    assert set(decision.kept) == set(last)
+    assert all(0 < noise < 0.1 for noise in decision.kept.values())
+    assert {node for node, kind in chosen.items() if kind == INT8_WEIGHTS} == set(last)
     assert [value for _, value in decision.trials] == sorted(
         (value for _, value in decision.trials), reverse=True
     )
     assert len(lines) == len(decision.trials)
     with pytest.raises(UserError, match="int4-weights changes this model too much"):
         choose_weights(cast(Chooser, Trials(exact, 0)), precision, rounder, None, lines.append)
+
+
+@pytest.mark.model
+def test_a_weights_worth_is_found_with_its_levels(exact: Path, tmp_path: Path) -> None:
+    """What is gated into the graph gives what the graph gives with that weight alone on levels."""
+    model, rounder = ir.load(exact), WeightRounder({})
+    layer = quantizable_layers(model)[-1]
+    rounded = simulate_weight(rounder, INT4_WEIGHTS, model, layer)
+    exact_value = next(node for node in model.graph if node.name == layer.node).outputs[0]
+    rounded.type, rounded.shape = exact_value.type, exact_value.shape
+    model.graph.outputs.append(rounded)
+    rounded.name = "rounded"
+    export.write_models({"decode": model}, tmp_path)
+    alone = ir.load(exact)
+    quantize_weights(alone, {layer.node: INT4_WEIGHTS}, rounder)
+    (tmp_path / "alone").mkdir()
+    export.write_models({"decode": alone}, tmp_path / "alone")
+    tensors = golden.step_inputs(golden.lpd(golden.read("lpd_grid4")), [1, 2, 5, 8], 2, 2)
+    inputs = {name: array.numpy() for name, array in tensors.items()}
+    actual = session(tmp_path / "decode.onnx", 0, tmp_path / "o.onnx").run(["rounded"], inputs)[0]
+    expected = session(tmp_path / "alone/decode.onnx", 0, tmp_path / "p.onnx").run(None, inputs)[0]
+    assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.slow

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from lpd_export import Pipeline
 from lpd_export.bundle.manifest import Bundle
-from lpd_export.formats import INT8
 from lpd_export.graphs import export
-from lpd_export.precision.quantization import quantizable_layers, quantize
+from lpd_export.precision.quantization import quantizable_layers, quantize, simulate_layer
 from lpd_export.precision.sensitivity import MOST_KEPT, mean_kl, next_trial
 from lpd_export.precision.worth import worth_of_layers
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -35,7 +34,7 @@ def test_a_layers_worth_is_the_kl_of_a_graph_with_it_alone_quantized(
         bundle.manifest,
         bundle.schedule(),
         ranges,
-        INT8,
+        lambda model, layer: simulate_layer(model, layer, ranges[layer.node], weight=True)[0],
         images,
         expected,
     )
