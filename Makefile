@@ -13,7 +13,7 @@ DEMO := engines/demo/manifest.json
 
 demo: $(DEMO)
 	rm -rf images/demo
-	$(BIN)/lpd-export run engines/demo --class all -n 2 --temperature 0.8 --out images/demo
+	$(BIN)/lpd-export run engines/demo --class all --temperature 0.8 --out images/demo
 	@echo
 	@echo "Look at images/demo/contact_sheet.png. Then try"
 	@echo "  $(BIN)/lpd-export run engines/demo --class heart --trace --out images/steps    # how an image fills in"

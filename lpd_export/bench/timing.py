@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from lpd_export.bench.work import DETOKENIZE, PIXELS, SAMPLING, step_title
 from lpd_export.images import to_uint8
 from lpd_export.precision.calibration import spread_labels
-from lpd_export.runtime.executor import Executor, Run
+from lpd_export.runtime.executor import Executor, ExecutorAround, Run
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.randomness import image_randomness
 from lpd_reference import LPD, VQTokenizer, generate
@@ -40,28 +39,13 @@ class Contender(Protocol):
         """Makes a batch of images once; the parts sum to `total` or less."""
 
 
-class TimedExecutor:
-    """An executor that notes when each bound graph starts and ends, on the device's own clock.
-
-    It records nothing: in a recording, nothing between two graphs has a time.
-    """
-
-    records = False
+class TimedExecutor(ExecutorAround):
+    """An executor that notes when each bound graph starts and ends, on the device's own clock."""
 
     def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self.device, self.float_type = executor.device, executor.float_type
+        super().__init__(executor)
         self.marks: list[tuple[str, Mark, Mark]] = []
         """Graph, start and end of every run since it was cleared."""
-
-    def stream(self) -> AbstractContextManager[None]:
-        return self._executor.stream()
-
-    def record(self, work: Run) -> Run:
-        return work
-
-    def load(self, graph: str) -> object:
-        return self._executor.load(graph)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         run = self._executor.bind(graph, tensors)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TOKENIZER = "hf:FoundationVision/LlamaGen/vq_ds16_c2i.pt"
-TOKENIZER_STRIDE = 16
 NUM_CLASSES = 1000
 VOCAB_SIZE = 16384
 

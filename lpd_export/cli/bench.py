@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lpd_export.bundle.manifest import Bundle
-from lpd_export.cli.options import device_option, verbosity_options
+from lpd_export.cli.options import device_option, reference_options, verbosity_options
 from lpd_export.cli.output import json_option, print_json
 from lpd_export.cli.progress import stages
 from lpd_export.errors import UserError
@@ -25,14 +25,7 @@ from lpd_export.errors import UserError
     metavar="reference|OTHER_BUNDLE",
     help="What takes turns with the bundle; may be repeated.",
 )
-@click.option(
-    "--checkpoint",
-    metavar="FILE|hf:ORG/NAME",
-    help="The reference's LPD weights.  [default: those that the bundle was made from]",
-)
-@click.option(
-    "--tokenizer", metavar="FILE|hf:ORG/NAME/FILE", help="The reference's tokenizer, likewise."
-)
+@reference_options
 @click.option(
     "--runs", type=int, default=5, show_default=True, help="Timed rounds; one more warms up."
 )

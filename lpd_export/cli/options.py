@@ -33,6 +33,19 @@ def device_option(function: Command) -> Command:
     )(function)
 
 
+def reference_options(function: Command) -> Command:
+    """Adds `checkpoint` and `tokenizer`, what the reference is made of."""
+    checkpoint = click.option(
+        "--checkpoint",
+        metavar="FILE|hf:ORG/NAME",
+        help="The reference's LPD weights.  [default: those that the bundle was made from]",
+    )
+    tokenizer = click.option(
+        "--tokenizer", metavar="FILE|hf:ORG/NAME/FILE", help="The reference's tokenizer, likewise."
+    )
+    return checkpoint(tokenizer(function))
+
+
 def verbosity_options(function: Command) -> Command:
     """Adds `quiet` and `verbose`, which the showing of progress takes."""
     verbose = click.option(

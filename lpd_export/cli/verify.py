@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lpd_export.cli.exit_codes import EXIT_FAILED
-from lpd_export.cli.options import device_option, verbosity_options
+from lpd_export.cli.options import device_option, reference_options, verbosity_options
 from lpd_export.cli.output import json_option, print_json
 from lpd_export.cli.progress import stages
 
@@ -23,14 +23,7 @@ from lpd_export.cli.progress import stages
     metavar="reference|OTHER_BUNDLE",
     help="What the bundle is compared with.",
 )
-@click.option(
-    "--checkpoint",
-    metavar="FILE|hf:ORG/NAME",
-    help="The reference's LPD weights.  [default: those that the bundle was made from]",
-)
-@click.option(
-    "--tokenizer", metavar="FILE|hf:ORG/NAME/FILE", help="The reference's tokenizer, likewise."
-)
+@reference_options
 @click.option("--images", type=int, default=8, show_default=True, help="Images to compare.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of these images.")
 @click.option(

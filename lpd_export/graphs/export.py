@@ -106,9 +106,7 @@ def _repeat_block(graph: ir.Graph, weights: Mapping[str, torch.Tensor], depth: i
     values = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     last = block[-1]
     for layer in range(2, depth):
-        renamed = partial(
-            re.sub, r"^(blocks\.|(?:past|present)_(?:key|value)_)1\b", rf"\g<1>{layer}"
-        )
+        renamed = partial(re.sub, OF_SECOND_BLOCK, rf"\g<1>{layer}")
         copies: dict[ir.Value | None, ir.Value] = {residual: last.outputs[0]}
         for node in block:
             for value in (*node.inputs, *node.outputs):

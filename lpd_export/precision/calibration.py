@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from lpd_export.graphs.contract import LOGITS
 from lpd_export.precision.convolutions import Span, best_span, convolution_values, samples_of
 from lpd_export.precision.equalization import balances, best_scale
 from lpd_export.precision.quantization import CLIPPING, Layer, quantizable_layers, simulate_layer
-from lpd_export.runtime.executor import Executor, Run
+from lpd_export.runtime.executor import Executor, ExecutorAround, Run
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.schedule.schedule_file import Schedule
@@ -58,7 +57,7 @@ class Instruments:
     """Each [rows, columns], of which the rows of all runs are kept."""
 
 
-class Recorder:
+class Recorder(ExecutorAround):
     """An executor that also combines the measurements of all runs, and keeps matrices.
 
     Args:
@@ -68,8 +67,6 @@ class Recorder:
         matrices: [rows, columns] of the outputs to keep by name, for each graph.
     """
 
-    records = False
-
     def __init__(
         self,
         executor: Executor,
@@ -77,29 +74,12 @@ class Recorder:
         combine: Callable[[Tensor, Tensor], Tensor],
         matrices: Mapping[str, Mapping[str, tuple[int, ...]]],
     ) -> None:
-        self._executor = executor
+        super().__init__(executor)
         self._names = names
         self._matrices = matrices
         self._kept: dict[str, list[Tensor]] = {}
         self._combine = combine
         self._values = {graph: torch.zeros(len(entries)) for graph, entries in names.items()}
-
-    @property
-    def device(self) -> torch.device:
-        return self._executor.device
-
-    @property
-    def float_type(self) -> torch.dtype:
-        return self._executor.float_type
-
-    def stream(self) -> AbstractContextManager[None]:
-        return self._executor.stream()
-
-    def record(self, work: Run) -> Run:
-        return work
-
-    def load(self, graph: str) -> object:
-        return self._executor.load(graph)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         if graph not in self._names:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,7 +19,7 @@ from torch import Tensor
 from lpd_export.bundle.manifest import Manifest
 from lpd_export.graphs import contract, export
 from lpd_export.precision.quantization import Layer, quantizable_layers
-from lpd_export.runtime.executor import Executor, Run
+from lpd_export.runtime.executor import Executor, ExecutorAround, Run
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.requests import GeneratedImage
@@ -36,36 +35,17 @@ FEWEST_CELLS = 256
 """Compared of each layer: enough to rank them, all of them being tried on the same cells."""
 
 
-class GatedExecutor:
+class GatedExecutor(ExecutorAround):
     """An executor whose gated decode graph has one layer quantized in the rows of each image.
 
     Attributes:
         chosen: the layer of each image of the batch, by its number.
     """
 
-    records = False
-
     def __init__(self, executor: Executor, layers: int) -> None:
-        self._executor = executor
+        super().__init__(executor)
         self._layers = layers
         self.chosen: Sequence[int] = ()
-
-    @property
-    def device(self) -> torch.device:
-        return self._executor.device
-
-    @property
-    def float_type(self) -> torch.dtype:
-        return self._executor.float_type
-
-    def stream(self) -> AbstractContextManager[None]:
-        return self._executor.stream()
-
-    def record(self, work: Run) -> Run:
-        return work
-
-    def load(self, graph: str) -> object:
-        return self._executor.load(graph)
 
     def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
         rows = tensors[contract.TOKEN_IDS].shape[0]

@@ -50,3 +50,28 @@ class Executor(Protocol):
         The tensors must be contiguous; the call keeps them alive, and raises GraphError if the
         graph fails on what they hold, UserError if memory does not suffice.
         """
+
+
+class ExecutorAround:
+    """Another executor, for subclasses that come between it and its graphs in `bind`.
+
+    It records nothing: in a recording, nothing happens between two graphs.
+    """
+
+    records = False
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.device, self.float_type = executor.device, executor.float_type
+
+    def stream(self) -> AbstractContextManager[None]:
+        """As of the other."""
+        return self._executor.stream()
+
+    def load(self, graph: str) -> object:
+        """Loads it in the other."""
+        return self._executor.load(graph)
+
+    def record(self, work: Run) -> Run:
+        """`work` itself."""
+        return work

@@ -7,7 +7,6 @@ from prometheus_client.process_collector import ProcessCollector
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-STAGES = ("queue", "generate", "encode", "total")
 
 
 class Meters:
