@@ -53,6 +53,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*Dockerfile
 	$(MKDOCS) --quiet
 
 # A link or a reference that leads nowhere is an error.
