@@ -5,6 +5,7 @@ Each class has a list of names, the one to show first. Knows nothing of a model 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import operator
@@ -94,6 +95,9 @@ def resolve_class(text: str | int | None, names: ClassNames, num_classes: int) -
         if not 0 <= label < num_classes:
             raise UserError(f"there is no class {label}: the classes are 0 to {num_classes - 1}")
         return label
+    with contextlib.suppress(UnicodeError):
+        # Where the locale is not UTF-8, Python gives the bytes of an argument one by one.
+        text = text.encode(errors="surrogateescape").decode()
     wanted = _normal(text)
     first = [label for label, entry in enumerate(names) if _normal(entry[0]) == wanted]
     other = [label for label, entry in enumerate(names) if wanted in map(_normal, entry)]

@@ -367,9 +367,20 @@ class Bundle:
         """The path of a file, verified.
 
         Raises:
-            UserError: if it is missing, truncated or altered.
+            UserError: if it is missing, truncated or altered, or the bundle was replaced meanwhile.
         """
-        self.verify_meanwhile(name)()
+        try:
+            self.verify_meanwhile(name)()
+        except UserError as error:
+            try:
+                replaced = Bundle.open(self.path).manifest != self.manifest
+            except UserError:
+                replaced = True
+            if replaced:
+                raise UserError(
+                    f"{self.path} was replaced or taken away while it was read: start again"
+                ) from error
+            raise
         return self.path / name
 
     def verify_meanwhile(self, name: str) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Bundles: nothing damaged is ever used, and one comes into being whole or not at all."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from lpd_export.bundle.manifest import (
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
 from lpd_export.runtime.backends import open_executor
+from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.schedule.schedule_file import Schedule
 
 USED_BY_RUN = (
@@ -304,6 +306,27 @@ def hold(out: Path, ready: Any) -> None:
     with new_bundle(out):
         ready.set()
         time.sleep(60)
+
+
+def test_a_build_while_the_bundle_is_read(small_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(small_bundle, out)
+    read = Bundle.open(out)
+    read.schedule()
+    with Pipeline.open(out, threads=1) as pipeline:
+        with new_bundle(out, replace=True) as folder:
+            shutil.copytree(small_bundle, folder, dirs_exist_ok=True)
+            with open(folder / "onnx/weights.data", "ab") as weights:
+                weights.write(b"another")
+            (folder / MANIFEST).unlink()
+            manifest = dataclasses.replace(read.manifest, cfg=2.5, files=describe_files(folder))
+            (folder / MANIFEST).write_text(manifest.to_json())
+        before = pipeline.generate([0])[0].pixels
+    assert Bundle.open(out).manifest.cfg == 2.5
+    with pytest.raises(UserError, match=f"^{out} was replaced or taken away while it was read"):
+        read.files()
+    with Pipeline.open(small_bundle, threads=1) as pipeline:
+        assert (pipeline.generate([0])[0].pixels == before).all()
 
 
 def test_two_builds_of_the_same_bundle(tmp_path: Path) -> None:

@@ -75,6 +75,13 @@ def test_a_class_that_is_called_none_or_all() -> None:
     assert resolve_classes(["none", "all"], names, 2) == [1, 0]
 
 
+def test_a_name_typed_where_the_locale_is_not_utf8() -> None:
+    typed = "café".encode().decode("ascii", errors="surrogateescape")
+    assert resolve_class(typed, [["tea"], ["café"]], 2) == 1
+    with pytest.raises(UserError, match="there is no class"):
+        resolve_class("\ud800", [["tea"]], 1)
+
+
 def test_a_model_without_names() -> None:
     assert resolve_classes(["1", "none", 0], [], 2) == [1, None, 0]
     with pytest.raises(UserError, match="classes have no names, give a number from 0 to 1"):
