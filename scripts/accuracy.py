@@ -2,6 +2,7 @@
 
     python scripts/accuracy.py                  # the demo model, 64 images
     python scripts/accuracy.py --model grown    # the demo at lpd-l's width and depth, 8 images
+    python scripts/accuracy.py --model outliers-200    # its function, with large channels
 
 Bundles are built below --folder if they are not there, and kept. Graphs are run by ONNX Runtime
 on the CPU: those of the BF16 bundle, which is one for TensorRT-RTX, with every value rounded to
@@ -30,14 +31,20 @@ from lpd_export.formats import BACKENDS, CPU, ONNXRUNTIME, PRECISIONS, TENSORRT_
 from lpd_export.runtime.backends import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
-GROWN = "engines/accuracy/grown.safetensors"
-"""The demo model at lpd-l's width and depth (`grow_demo.py`), written if it is not there."""
-COMMAND = Path(sys.executable).with_name("lpd-export")
-MODELS = {
-    "demo": ["engines/demo.toml"],
-    "grown": ["engines/demo.toml", "--checkpoint", GROWN],
+GROWN = {
+    "grown": [],
+    **{
+        f"outliers-{factor}": [
+            *("--copies", "1", "--depth-factor", "1", "--perturbation", "0"),
+            *("--outliers", str(factor)),
+        ]
+        for factor in (10, 50, 200)
+    },
 }
-DEFAULT_IMAGES = {"demo": 64, "grown": 8}
+"""What `grow_demo.py` makes of the demo model, with which options; made if it is not there."""
+COMMAND = Path(sys.executable).with_name("lpd-export")
+DEMO = "engines/demo.toml"
+DEFAULT_IMAGES = {"demo": 64} | dict.fromkeys(GROWN, 8)
 BACKEND_OF = {
     name: TENSORRT_RTX.name if precision.support[CPU].refused else ONNXRUNTIME.name
     for name, precision in PRECISIONS.items()
@@ -58,11 +65,14 @@ COLUMNS = (
 def build(model: str, precision: str, folder: Path) -> Path:
     """The bundle of a model in a precision, built if it is not there."""
     bundle = folder / f"{model}-{precision}"
-    if model == "grown" and not Path(GROWN).exists():
-        subprocess.run([sys.executable, ROOT / "scripts/grow_demo.py", GROWN], check=True)
+    checkpoint = folder / f"{model}.safetensors"
+    weights = ["--checkpoint", checkpoint] if model in GROWN else []
+    if weights and not checkpoint.exists():
+        grow = [sys.executable, ROOT / "scripts/grow_demo.py", checkpoint, *GROWN[model]]
+        subprocess.run(grow, check=True)
     if not bundle.exists():
         options = ["--precision", precision, "--backend", BACKEND_OF[precision], "--out", bundle]
-        built = subprocess.run([COMMAND, "build", *MODELS[model], *options], stdout=sys.stderr)
+        built = subprocess.run([COMMAND, "build", DEMO, *weights, *options], stdout=sys.stderr)
         if built.returncode:
             sys.exit(built.returncode)  # the build has said why
     return bundle
@@ -108,8 +118,8 @@ def worst(found: dict[str, Any], metric: str) -> float:
 
 
 @click.command()
-@click.option("--model", type=click.Choice(list(MODELS)), default="demo", show_default=True)
-@click.option("--images", type=int, help="Images to compare.  [default: 64 of demo, 2 of lpd-l]")
+@click.option("--model", type=click.Choice(list(DEFAULT_IMAGES)), default="demo", show_default=True)
+@click.option("--images", type=int, help="Images to compare.  [default: 64 of demo, 8 of others]")
 @click.option(
     "--precision", "precisions", multiple=True, type=click.Choice(list(BACKEND_OF)), help="[all]"
 )
