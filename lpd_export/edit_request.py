@@ -76,7 +76,9 @@ class EditRequest:
                     continue  # another's, or cut short by a kill
                 if str(record["position"]) == index:
                     tokens = record.get("token_ids")
-                    if isinstance(tokens, list) and all(type(t) is int for t in tokens):
+                    if isinstance(tokens, list) and all(
+                        type(t) is int and 0 <= t < 2**31 for t in tokens
+                    ):
                         return record
         raise UserError(
             f"{path} has no record of image {index} with its token ids: images are counted from 0"
