@@ -18,10 +18,12 @@ import contextlib
 import io
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +41,13 @@ from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.schedule.schedule_file import Schedule
 
 LONE_ROUNDS = 15
+WATCH_SECONDS = 0.05
 ROUNDS = 3
 """In which server and bench take turns."""
 SHARES = (0.25, 0.5, 0.7, 0.85, 0.95, 1.2)
 """Of the images a second of many clients: the offered rates."""
 ORDINARY = [{"prompt": str(i), "seed": i} for i in range(4)]
+CPU, MADE = "process_cpu_seconds_total", "lpd_batch_images_sum"
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 
 
@@ -141,52 +145,83 @@ def served(bundle: Path, batch: int, threads: int | None) -> Iterator[tuple[str,
 
 
 def measure_lone(url: str, bench: BundleContender) -> dict[str, float]:
-    """A request when nobody else asks, in turns with bench: the medians of both."""
-    alone, answered = [], []
+    """A request when nobody else asks, in turns with bench: the medians of both, and of their CPU.
+
+    CPU seconds are less disturbed by what else runs on the machine.
+    """
+    rounds = []
     with httpx2.Client(base_url=url, timeout=600) as client:
         for number in range(-1, LONE_ROUNDS):  # the first of each warms up
-            alone.append(bench.run(1, 0)[TOTAL])
+            worked, alone = time.process_time(), bench.run(1, 0)[TOTAL]
+            worked, before = time.process_time() - worked, metric(client, CPU)
             begun = time.perf_counter()
             client.post(GENERATIONS, json=ORDINARY[number % 4]).raise_for_status()
-            answered.append(time.perf_counter() - begun)
-    return {"bench": statistics.median(alone[1:]), "served": statistics.median(answered[1:])}
+            answered = time.perf_counter() - begun
+            rounds.append((alone, answered, worked, metric(client, CPU) - before))
+    names = ("bench", "served", "bench_cpu", "served_cpu")
+    return dict(zip(names, map(statistics.median, zip(*rounds[1:], strict=True)), strict=True))
+
+
+def metric(client: httpx2.Client, name: str) -> float:
+    """A figure of the server, the sum over all labels."""
+    return figure(client.get("/metrics").text, name)
+
+
+def figure(text: str, name: str) -> float:
+    """The same of what `/metrics` said."""
+    lines = text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
 
 
 def measure_many(
     url: str, bench: BundleContender, batch: int, clients: int, turn: float
 ) -> dict[str, float]:
-    """Images a second of many clients and of bench at the same batch, in turns."""
+    """Images a second, and a CPU second, of many clients and of bench at the same batch."""
     bench.run(batch, 0)
-    images = {"bench": 0, "served": 0}
-    seconds = {"bench": 0.0, "served": 0.0}
+    images, seconds = defaultdict[str, float](float), defaultdict[str, float](float)
     for _ in range(ROUNDS):
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         while time.perf_counter() - begun < turn:
             bench.run(batch, 0)
-            images["bench"] += batch
+            for name in ("bench", "bench_cpu"):
+                images[name] += batch
         seconds["bench"] += time.perf_counter() - begun
-        made, took = asyncio.run(ask_again_and_again(url, clients, turn))
-        images["served"] += made
-        seconds["served"] += took
+        seconds["bench_cpu"] += time.process_time() - worked
+        made, took, worked = asyncio.run(ask_again_and_again(url, clients, turn))
+        for name, value in (("served", took), ("served_cpu", worked)):
+            images[name] += made
+            seconds[name] += value
     return {who: images[who] / seconds[who] for who in images}
 
 
-async def ask_again_and_again(url: str, clients: int, seconds: float) -> tuple[int, float]:
-    """Clients who ask again as soon as they are answered: images and seconds.
+async def ask_again_and_again(url: str, clients: int, seconds: float) -> tuple[float, float, float]:
+    """Clients who ask again as soon as they are answered: images, seconds and CPU seconds.
 
-    Counted from the first answer on, when all are at it.
+    From the end of the first batch to that of the last: images come a batch at a time.
     """
-    ends: list[float] = []
+    ends: list[tuple[float, float, float]] = []  # of batches: images made, time, CPU
 
     async def client(number: int, http: httpx2.AsyncClient) -> None:
         while True:
-            answer = await http.post(GENERATIONS, json=ORDINARY[number % 4])
-            answer.raise_for_status()
-            ends.append(time.perf_counter())
+            (await http.post(GENERATIONS, json=ORDINARY[number % 4])).raise_for_status()
+
+    async def watch(http: httpx2.AsyncClient) -> None:
+        start = None
+        while True:
+            text = (await http.get("/metrics")).text
+            made = figure(text, MADE)
+            if start is not None and made != start:
+                ends.append((made, time.perf_counter(), figure(text, CPU)))
+            start = made
+            await asyncio.sleep(WATCH_SECONDS)
 
     async with connection(url) as http:
-        await for_seconds(seconds, [client(number, http) for number in range(clients)])
-    return len(ends) - 1, ends[-1] - ends[0]
+        asking = [client(number, http) for number in range(clients)]
+        await for_seconds(seconds, [watch(http), *asking])
+    if len(ends) < 2:
+        raise click.ClickException(f"two batches take longer than {seconds:g} s: give more --turn")
+    (made, took, worked), last = ends[0], ends[-1]
+    return last[0] - made, last[1] - took, last[2] - worked
 
 
 async def for_seconds(seconds: float, clients: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -378,13 +413,21 @@ def report(found: dict[str, Any]) -> Iterator[str]:
         f"{lone['served'] / bound:.2f} of 1.15 times bench's + 10 ms |"
     )
     yield (
+        f"| CPU of it | {1e3 * lone['served_cpu']:.0f} ms | {1e3 * lone['bench_cpu']:.0f} ms | "
+        f"{lone['served_cpu'] / lone['bench_cpu']:.3f} |"
+    )
+    yield (
         f"| {found['clients']} clients, batch {found['batch']} | {many['served']:.2f} images a "
         f"second | {many['bench']:.2f} | {many['served'] / many['bench']:.3f} |"
     )
     yield (
-        f"| mixed requests | {mixed['requests']} of {mixed['kinds']} kinds, {mixed['images']} "
-        f"images, {mixed['other_images']} other than run's, {mixed['refused']} refused, "
-        f"{mixed['errors']} errors | | |"
+        f"| CPU of it | {many['served_cpu']:.2f} images a CPU second | {many['bench_cpu']:.2f} | "
+        f"{many['served_cpu'] / many['bench_cpu']:.3f} |"
+    )
+    yield (
+        f"| mixed requests | {mixed['requests']}, {mixed['kinds']} of {mixed['of_kinds']} kinds; "
+        f"{mixed['images']} images, {mixed['other_images']} other than run's, "
+        f"{mixed['refused']} refused, {mixed['errors']} errors | | |"
     )
     told = "too short to tell" if growth is None else f"{100 * growth:+.1f} % over the second half"
     yield f"| memory | {mixed['memory_mb'][-1]:.0f} MB | | {told} |"

@@ -18,6 +18,6 @@ def test_a_server_is_measured(small_bundle: Path, tmp_path: Path) -> None:
     assert found["many"]["served"] > 0
     assert found["lone"]["served"] > 0
     rows = list(report(found))
-    assert sum(row.startswith("| ") for row in rows) == 7 + len(found["offered"])
+    assert sum(row.startswith("| ") for row in rows) == 9 + len(found["offered"])
     draw(found, tmp_path / "load.png")
     assert (tmp_path / "load.png").stat().st_size > 1000
