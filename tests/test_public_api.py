@@ -61,7 +61,8 @@ WORDS = {
     "schedule check": "FILE --steps --json",
     "schedule show": "FILE --steps --order --out --force --json",
     "serve": "BUNDLE... --host --port --max-queue --batch --max-wait --api-key --device --threads",
-    "triton": "BUNDLE... --out --batch --instances --max-queue --max-wait --device --threads",
+    "triton": "BUNDLE... --out --batch --instances --max-queue --max-wait --device --threads "
+    "--json",
     "inspect": "BUNDLE --classes --batch --json",
     "doctor": "--json",
 }

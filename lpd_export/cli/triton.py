@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lpd_export.cli.options import device_option
+from lpd_export.cli.output import json_option, print_json
 
 
 @click.command()
@@ -46,7 +47,8 @@ from lpd_export.cli.options import device_option
 )
 @device_option
 @click.option("--threads", type=int, help="Of a CPU, for each instance.")
-def triton(bundles: tuple[str, ...], **options: Any) -> None:
+@json_option
+def triton(bundles: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Writes a model repository for NVIDIA's Triton Inference Server.
 
     Each bundle becomes a model of its name: a copy of the bundle, config.pbtxt, and a model.py for
@@ -61,4 +63,8 @@ def triton(bundles: tuple[str, ...], **options: Any) -> None:
     from lpd_export.serving.triton_repository import RepositoryRequest, write_repository
 
     out = write_repository(RepositoryRequest(tuple(map(Path, bundles)), **options))
-    click.echo(f"{out}: start it with `tritonserver --model-repository {out}`")
+    if as_json:
+        models = sorted(model.name for model in out.iterdir())
+        print_json({"repository": str(out), "models": models})
+    else:
+        click.echo(f"{out}: start it with `tritonserver --model-repository {out}`")

@@ -22,6 +22,7 @@ from lpd_export.schedule.schedule_file import Schedule
 
 COMMANDS = (["build"], ["run"], ["verify"], ["schedule", "make"], ["schedule", "check"])
 COMMANDS += (["schedule", "show"], ["inspect"], ["doctor"], ["bench"], ["edit"])
+COMMANDS += (["merge"], ["evaluate"], ["serve"], ["triton"])
 
 
 def printed(*arguments: object) -> Any:
@@ -150,6 +151,7 @@ def test_json_of_run_and_inspect(small_bundle: Path, tmp_path: Path) -> None:
     assert result == {
         "out": str(out),
         "made": 4,
+        "failed": 0,
         "contact_sheet": str(out / "contact_sheet.png"),
         "tokens": None,
         "traces": None,
