@@ -151,6 +151,8 @@ def write_images(
     kind = container(request.format, out, manifest.resolution, plan.images, request.per_file)
     is_first = not (out / RECORDS).exists()
     folder = ImageFolder(out, plan, positions, kind, request.keep_going)
+    if request.save_tokens and os.path.lexists(request.save_tokens):
+        check_token_ids(Path(request.save_tokens), folder)
     made_before, gone_before = len(folder.made), len(positions) - len(folder.missing)
     if pipeline is None and not request.workers and (len(folder.missing) or request.trace):
         report(f"loading {request.bundle}")
@@ -382,6 +384,17 @@ def create_folder(out: Path) -> None:
 def without_tokens(record: Record) -> Record:
     """A record as it is told: token ids are many."""
     return {key: value for key, value in record.items() if key != "token_ids"}
+
+
+def check_token_ids(path: Path, folder: ImageFolder) -> None:
+    """Raises UserError unless a file holds the token ids of the images that are there."""
+    with contextlib.suppress(OSError, ValueError, TypeError):  # no array, or one number
+        saved = np.load(path, mmap_mode="r")
+        if isinstance(saved, np.ndarray) and len(saved) == len(folder.made):
+            rows = zip(saved, folder.records(), strict=True)
+            if all(np.array_equal(row, record["token_ids"]) for row, record in rows):
+                return
+    raise UserError(f"{path} exists and is not this run's: choose another --save-tokens")
 
 
 def save_token_ids(request: RunRequest, plan: Plan, folder: ImageFolder) -> Path | None:

@@ -197,7 +197,8 @@ def check_request(request: RunRequest) -> None:
     if request.workers and re.fullmatch(r"cuda:\d+", request.device or ""):
         raise UserError(f"Ray gives each worker a GPU: --device cuda, not {request.device}")
     if request.save_tokens:
-        if os.path.lexists(request.save_tokens):
+        # Beside records it may be an earlier end of this run's: they tell.
+        if os.path.lexists(request.save_tokens) and not (request.folder / RECORDS).exists():
             raise UserError(f"{request.save_tokens} exists: choose another --save-tokens")
         folder = Path(request.save_tokens).absolute().parent
         if folder != request.folder.absolute() and not folder.is_dir():

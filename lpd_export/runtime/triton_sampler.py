@@ -110,6 +110,16 @@ def _weight(depth):
 
 
 @triton.jit
+def _weighed(depth, weights, token, vocab_size, FILTERED: tl.constexpr):
+    """Weights and bands of tokens: 0 beyond the vocabulary; what `_filter` left, if it ran."""
+    if FILTERED:
+        weight = tl.load(weights + token, mask=token < vocab_size, other=0)
+    else:
+        weight = tl.where(token < vocab_size, _weight(depth), 0)
+    return weight, tl.minimum(depth, BAND_COUNT - 1.0).to(tl.int32)
+
+
+@triton.jit
 def _rank(value, temperature):
     """Whole numbers from 0 to 2^32 - 1, in the order of logits at a temperature."""
     kept = tl.div_rn(value, temperature)
@@ -232,11 +242,7 @@ def _draw(
         token = start + tl.arange(0, LANES)
         value = _guided(logits, scale, token, row, count, vocab_size, GUIDED)
         depth = _depth(value, highest, temperature)
-        if FILTERED:
-            weight = tl.load(weights + token, mask=token < vocab_size, other=0)
-        else:
-            weight = tl.where(token < vocab_size, _weight(depth), 0)
-        band = tl.minimum(depth, BAND_COUNT - 1.0).to(tl.int32)
+        weight, band = _weighed(depth, weights, token, vocab_size, FILTERED)
         masses += tl.where(band[:, None] == column[None, :], weight[:, None], 0)
     mass = tl.sum(masses, 0)
     total = tl.sum(mass, 0)
@@ -255,11 +261,7 @@ def _draw(
         token = first + tl.arange(0, BLOCK)
         value = _guided(logits, scale, token, row, count, vocab_size, GUIDED)
         depth = _depth(value, highest, temperature)
-        if FILTERED:
-            weight = tl.load(weights + token, mask=token < vocab_size, other=0)
-        else:
-            weight = tl.where(token < vocab_size, _weight(depth), 0)
-        band = tl.minimum(depth, BAND_COUNT - 1.0).to(tl.int32)
+        weight, band = _weighed(depth, weights, token, vocab_size, FILTERED)
         within = tl.where(band == chosen, weight, 0)
         before = after
         after += tl.sum(within, 0)

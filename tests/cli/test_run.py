@@ -284,6 +284,22 @@ def test_a_trace_that_cannot_be_written(small_bundle: Path, tmp_path: Path) -> N
 # -------------------------------------------------------------------------- what does not matter
 
 
+def test_the_same_command_takes_the_tokens_that_it_saved(
+    small_bundle: Path, tmp_path: Path
+) -> None:
+    out, tokens = tmp_path / "a", tmp_path / "a.npy"
+    for count in (2, 2, 3):  # as it is started again, and with more of the same
+        run(small_bundle, out, "--class", 0, "-n", count, "--save-tokens", tokens)
+        assert len(np.load(tokens)) == count
+    for content in (np.zeros((3, 16), np.int64), np.int64(3)):
+        np.save(tokens, content)
+        said = mistake(
+            *("run", small_bundle, "--class", 0, "-n", 3, "--out", out, "--save-tokens", tokens)
+        )
+        assert f"{tokens} exists and is not this run's" in said
+        assert np.array_equal(np.load(tokens), content)
+
+
 @pytest.mark.parametrize("cfg", [1, 3])
 def test_batches_and_numbers_of_images_change_nothing(
     small_bundle: Path, tmp_path: Path, cfg: int
