@@ -87,6 +87,8 @@ def in_words(schema: dict[str, Any]) -> str:
         return str(schema["const"])
     if "enum" in schema:
         return " or ".join(schema["enum"])
+    if "prefixItems" in schema:
+        return f"{len(schema['prefixItems'])} whole numbers"
     words = WORDS[schema["type"]]
     if "minimum" in schema and "maximum" in schema:
         return f"{words} from {_number(schema['minimum'])} to {_number(schema['maximum'])}"

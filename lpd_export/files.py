@@ -51,6 +51,20 @@ def read_file(path: str | os.PathLike[str], what: str, most: int) -> bytes:
         raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file of this name in a folder, which the name may not leave.
+
+    Raises:
+        UserError: if it is an absolute path, leads up by `..`, or over a link out of the folder.
+    """
+    path, there = Path(name), folder.resolve()
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise UserError(f"{name} must be a path inside of {folder}, without ..")
+    if not (folder / path).resolve().is_relative_to(there):
+        raise UserError(f"{folder / path} is a link that leaves {folder}: put the file there")
+    return folder / path
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a file whole or not at all: under a temporary name beside it, then renamed.
 

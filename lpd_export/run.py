@@ -21,7 +21,7 @@ import numpy as np
 from lpd_export.bulk.containers import Pixels, container, is_whole
 from lpd_export.bulk.folder import FAILURES, ImageFolder, Made
 from lpd_export.bulk.making import make_images
-from lpd_export.bulk.plan import Plan, Record, make_plan, with_edit
+from lpd_export.bulk.plan import Plan, Record, make_plan
 from lpd_export.bulk.shards import Shards, copy_images, shard_positions, write_shard
 from lpd_export.bulk.storing import Storing
 from lpd_export.bundle.manifest import Bundle
@@ -39,6 +39,8 @@ TRACES = "trace"
 SHEET_IMAGES = 100
 """The contact sheet shows so many images at most."""
 SHEET_COLUMNS = 10
+NOTES = 10
+"""What is to be said of edits, of so many at most."""
 DEFAULT_BATCH = 4
 """Where a CPU has most of what batching gives, without much more memory."""
 
@@ -140,12 +142,11 @@ def write_images(
 ) -> RunResult:
     """What `generate_images` does once the folder is its own."""
     bundle = Bundle.open(request.bundle)
-    manifest, plan = bundle.manifest, make_plan(request, bundle)
-    pipeline = None
+    manifest, plan = bundle.manifest, make_plan(request, bundle, edit)
+    pipeline, notes = None, notes_of_edits(plan)
     if edit:
         report(f"loading {request.bundle}")
-        pipeline = open_pipeline(request)
-        plan = with_edit(plan, prepare_edit(edit, pipeline), edit)
+        plan.edits.pipeline = pipeline = open_pipeline(request)
     positions = shard_positions(plan.images, request.shard_number)
     out = request.folder
     kind = container(request.format, out, manifest.resolution, plan.images, request.per_file)
@@ -196,7 +197,8 @@ def write_images(
                     traces.save(image)
         folder.finish()
         seconds = time.monotonic() - started
-        sheet = write_contact_sheet(folder, request.count, plan.edit)
+        edited = plan.edits.edit(edit) if edit else None
+        sheet = write_contact_sheet(folder, request.count, edited)
         # Last, so that a run that was stopped before its end has left none in its own way.
         tokens = save_token_ids(request, plan, folder)
     except BaseException as error:
@@ -210,7 +212,6 @@ def write_images(
             f"interrupted: {made} of {len(positions)} images are in {out}, the same "
             "command makes the rest"
         ) from None
-    notes = list(plan.edit.notes) if plan.edit else []
     if len(folder.failed):
         notes.append(f"{len(folder.failed)} images could not be made: see {out / FAILURES}")
     return RunResult(
@@ -266,15 +267,22 @@ def open_pipeline(request: RunRequest) -> Pipeline:
     return Pipeline.open(request.bundle, device=request.device, threads=request.threads)
 
 
-def prepare_edit(request: EditRequest, pipeline: Pipeline) -> Edit:
-    """What an edit keeps of its image."""
-    return pipeline.prepare_edit(
-        request.source(),
-        request.mask,
-        box=request.box,
-        outpaint=request.outpaint,
-        fit=request.fit,
-    )
+def notes_of_edits(plan: Plan) -> list[str]:
+    """What must be said of how pictures were taken, each with its line.
+
+    Raises:
+        UserError: if one cannot be read, or what is asked for cannot be made of it; with its line.
+    """
+    notes: list[str] = []
+    for group in plan.groups:
+        if group.edit is None:
+            continue
+        where = f"{group.where}: " if group.where else ""
+        try:
+            notes += [where + note for note in plan.edits.selection(group.edit).notes]
+        except UserError as error:
+            raise UserError(f"{where}{error}") from error
+    return notes if len(notes) <= NOTES else [*notes[:NOTES], f"{len(notes) - NOTES} more of edits"]
 
 
 @contextlib.contextmanager

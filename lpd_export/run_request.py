@@ -1,4 +1,4 @@
-"""What a run is asked for, and the record that it keeps of an image: types, bounds, and sense.
+"""What a run is asked for: types, bounds, and sense.
 
 Loads no torch, so that a mistake is told at once. Does not know how images are made.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -16,16 +16,12 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     model_validator,
-    with_config,
 )
 from pydantic.dataclasses import dataclass
-from typing_extensions import TypedDict
 
 from lpd_export.bounds import (
     STRICT,
     Cfg,
-    Digest,
-    EditOrder,
     GuidanceSchedule,
     Positive,
     Probability,
@@ -40,6 +36,7 @@ from lpd_export.bundle.classes import resolve_classes
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable
+from lpd_export.image_record import MAX_IMAGES
 
 RECORDS = "images.jsonl"
 LOCK = ".run.lock"
@@ -47,11 +44,8 @@ SHARD = "shard_{}_of_{}"
 """The folder of a shard, in that of the run."""
 ImageFormat = Literal["png", "tar", "npz"]
 """What images are put into."""
-MAX_IMAGES = 1_000_000
-"""Of a run; a greater number is a slip of the keyboard."""
 
 Folder = Annotated[Path, Field(strict=False)]
-Position = Annotated[int, Field(ge=0, lt=MAX_IMAGES)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -114,44 +108,6 @@ class RunRequest:
             raise UserError(f"{option} must be {wanted}, but it is {first['input']!r}") from error
 
 
-@with_config(STRICT)
-class Record(TypedDict):
-    """A line of images.jsonl: how an image was made."""
-
-    file: str
-    """In the folder; of a .tar with the member's name after it."""
-    position: Position
-    """In the run."""
-    index: Seed
-    class_id: Annotated[int, Field(ge=0)] | None
-    class_name: str
-    order: Annotated[int, Field(ge=0)] | None
-    """Which of the schedule's; None if it was grown from the kept cells of an edit."""
-    seed: Seed
-    cfg: Cfg
-    guidance: GuidanceSchedule
-    temperature: Temperature
-    top_k: Positive | None
-    top_p: Probability | None
-    steps: Positive
-    schedule_sha256: Digest
-    bundle: str
-    manifest_sha256: Digest
-    token_ids: NotRequired[Any]
-    """[cells], raster order; an image whose token ids are damaged is made again."""
-    image: NotRequired[str]
-    """What was edited; this and what follows only of an edit."""
-    image_sha256: NotRequired[Digest]
-    """Of its pixels and token ids as they were taken."""
-    kept: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]*$")]]
-    """Its cells that stay: a bit each, raster order, packed as by `numpy.packbits`, hexadecimal."""
-    edit_order: NotRequired[EditOrder]
-    paste: NotRequired[bool]
-
-
-RECORD = TypeAdapter(Record)
-
-
 def read_shard(text: str) -> tuple[int, int]:
     """I and N of `I/N`, or of `auto` what torchrun's or SLURM's variables say."""
 
@@ -211,8 +167,8 @@ def check_request(request: RunRequest) -> None:
     if request.requests:
         lines = read_requests(request.requests)
         asked = f"{request.requests} asks"
-        counts = {line["class_"]: 0 for line in lines}
-        for line in lines:
+        counts = {line["class_"]: 0 for _, line, _ in lines}
+        for _, line, _ in lines:
             counts[line["class_"]] += line.get("count", 1)
     else:
         asked = f"-n {request.count} asks"

@@ -78,6 +78,9 @@ def targets(folder: Path) -> dict[str, Target]:
     from lpd_export.bundle.inspection import class_lines, report_lines
     from lpd_export.bundle.manifest import Bundle, ModelDescription
     from lpd_export.edit_request import EditRequest
+    from lpd_export.evaluation.metrics import Moments
+    from lpd_export.evaluation.sources import NpzImages, Source
+    from lpd_export.evaluation.statistics import Statistics, read_statistics, write_statistics
     from lpd_export.pictures import fit_mask, fit_picture, read_mask, read_picture
     from lpd_export.precision.writer import read_kept_layers
     from lpd_export.runtime.editing import read_token_ids
@@ -99,6 +102,16 @@ def targets(folder: Path) -> dict[str, Target]:
     ids = io.BytesIO()
     np.save(ids, np.arange(16) % 7)
     dimensions = ModelDescription(**json.loads(whole("manifest.json"))["model"])
+
+    moments = Moments(torch.arange(3.0).double(), torch.eye(3).double())
+    write_statistics(folder / "statistics.npz", Statistics(folder, moments, "0" * 64, 9))
+    statistics = (folder / "statistics.npz").read_bytes()
+    np.savez(folder / "images.npz", arr_0=np.zeros((2, 2, 2, 3), np.uint8), arr_1=np.arange(2))
+    images = (folder / "images.npz").read_bytes()
+
+    def see(source: Source) -> None:
+        for chunk in source.chunks():
+            chunk.pixels()
 
     def open_bundle(path: Path) -> None:
         bundle = Bundle.open(path.parent)
@@ -153,6 +166,23 @@ def targets(folder: Path) -> dict[str, Target]:
             lambda path: EditRequest(f"{path}:0", outpaint=1).source(),
             [whole("images.jsonl")],
         ),
+        "statistics npz": Target("a.npz", read_statistics, [statistics]),
+        **{
+            f"statistics {name}": Target(
+                "a.npz", read_statistics, [unzip(statistics, name)], rezip(statistics, name)
+            )
+            for name in ("mu.npy", "sigma.npy", "features_sha256.npy", "count.npy")
+        },
+        "images npz": Target("a.npz", lambda path: see(NpzImages(path)), [images]),
+        **{
+            f"images {name}": Target(
+                "a.npz",
+                lambda path: see(NpzImages(path)),
+                [unzip(images, name)],
+                rezip(images, name),
+            )
+            for name in ("arr_0.npy", "arr_1.npy")
+        },
     }
 
 

@@ -1,45 +1,65 @@
 """Kills runs at random moments, starts them again, and compares what they end with.
 
-    python scripts/kill_and_resume.py engines/demo --cycles 200
+    python scripts/kill_and_resume.py engines/demo --cycles 34
 
-For each format, with one process and with workers: a run that nobody disturbs, then runs that are
-killed (SIGKILL) again and again, until one ends; it must have the same files with the same bytes.
-Exits with 1 if one has not.
+For each format: a run that nobody disturbs, and beside one another runs of one process and of
+workers, which are killed (SIGKILL) again and again, and started again by the same command, until
+they end; they must have the same files with the same bytes. Exits with 1 if one has not.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
+import json
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 COMMAND = Path(sys.executable).with_name("lpd-export")
+WHILE_STARTING = 0.2
+"""The share of kills that may come before an image is made."""
+HEADINGS = (
+    *("format", "processes", "kills", "images there at a kill"),
+    *("runs compared", "with other bytes", "images lost", "images twice"),
+)
+
+
+class Job(NamedTuple):
+    """A run that nobody disturbed."""
+
+    asked: list[str]
+    images: int
+    seconds: float
+    """That it took from its first image on."""
+    start_seconds: float
+    """Until then."""
+    files: dict[str, str]
 
 
 class Outcome(NamedTuple):
     """What became of the runs of one kind."""
 
-    kills: int
     at: list[int]
     """Images that were recorded at each kill."""
     ended: int
     """Runs that came to their end, all of which were compared."""
     different: int
+    lost: int
+    twice: int
 
 
-def start(asked: list[str], out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(COMMAND), "run", *asked, "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(asked: list[str], out: Path) -> subprocess.Popen[bytes]:
+    command = [str(COMMAND), "run", *asked, "--out", str(out), "--quiet"]
+    # A file: it outlives the run as an open pipe, where processes of Ray's do.
+    with open(out.with_suffix(".log"), "wb") as log:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
 
 
 def content(out: Path) -> dict[str, str]:
@@ -56,90 +76,99 @@ def recorded(out: Path) -> int:
     return records.read_bytes().count(b"\n") if records.exists() else 0
 
 
-def wait_until_it_makes_images(process: subprocess.Popen[str]) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("image"):
-            return
+def wait_for_an_image(process: subprocess.Popen[bytes], out: Path) -> None:
+    """One more than there are."""
+    before = recorded(out)
+    while process.poll() is None and recorded(out) <= before:
+        time.sleep(0.02)
 
 
-def disturb(
-    asked: list[str],
-    whole: dict[str, str],
-    seconds: float,
-    cycles: int,
-    until: float,
-    folder: Path,
-    chance: random.Random,
-) -> Outcome:
-    """Kills runs of which one takes so many seconds, at most so often."""
-    kills = ended = different = 0
+def whole(asked: list[str], images: int, out: Path) -> Job:
+    begun = time.monotonic()
+    process = start(asked, out)
+    wait_for_an_image(process, out)
+    first = time.monotonic()
+    if process.wait():
+        sys.exit(f"the run that nobody disturbed failed: {out.with_suffix('.log').read_text()}")
+    return Job(asked, images, time.monotonic() - first, first - begun, content(out))
+
+
+def disturb(job: Job, workers: int, cycles: int, runs: int, out: Path, seed: int) -> Outcome:
+    """Kills runs of a job so often, about as often in each of so many runs."""
+    asked = [*job.asked, "--workers", str(workers)] if workers else job.asked
+    chance = random.Random(seed)
     at: list[int] = []
-    while kills < cycles and time.monotonic() < until:
-        out = folder / f"run_{ended}"
+    ended = different = lost = twice = 0
+    while len(at) < cycles:
+        path = out / f"{workers}_{ended}"
         while True:
-            process = start(asked, out)
-            alone = kills == cycles or time.monotonic() > until
-            if not alone:
-                if chance.random() < 0.8:  # else it may be killed while it starts
-                    wait_until_it_makes_images(process)
-                    time.sleep(chance.random() * seconds / 3)
+            process = start(asked, path)
+            if len(at) < cycles:
+                if chance.random() < WHILE_STARTING:
+                    time.sleep(chance.random() * job.start_seconds)
                 else:
-                    time.sleep(chance.random() * 20)
+                    wait_for_an_image(process, path)
+                    time.sleep(chance.random() * 2 * job.seconds * runs / cycles)
                 if process.poll() is None:
                     process.kill()
-                    kills += 1
-                    at.append(recorded(out))
-            _, said = process.communicate()
-            if process.returncode == 0:
+                    at.append(recorded(path))
+            code = process.wait()
+            if code == 0:
                 break
-            if process.returncode != -9:
-                sys.exit(f"a run ended with {process.returncode}: {said}")
+            if code != -9:
+                sys.exit(f"a run ended with {code}: {path.with_suffix('.log').read_text()}")
         ended += 1
-        different += content(out) != whole
-    return Outcome(kills, at, ended, different)
+        different += content(path) != job.files
+        lines = (path / "images.jsonl").read_text().splitlines()
+        times = collections.Counter(json.loads(line)["position"] for line in lines)
+        lost += job.images - len(times)
+        twice += sum(many > 1 for many in times.values())
+    return Outcome(at, ended, different, lost, twice)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
-    parser.add_argument("--cycles", type=int, default=200, help="kills of each kind (%(default)s)")
+    parser.add_argument("--cycles", type=int, default=34, help="kills of each kind (%(default)s)")
     parser.add_argument("--images", type=int, default=500, help="of a run (%(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=2, help="that these kills are about enough for (%(default)s)"
+    )
     parser.add_argument("--formats", default="png,tar,npz")
     parser.add_argument("--workers", default="0,2", help="0 is one process (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="at most, for all kinds")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     options = parser.parse_args()
-    chance = random.Random(options.seed)
-    kinds = [(f, int(w)) for f in options.formats.split(",") for w in options.workers.split(",")]
-    begun, wrong = time.monotonic(), 0
-    print("| format | workers | kills | images there at a kill | runs compared | different |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for number, (kind, workers) in enumerate(kinds):
-        with tempfile.TemporaryDirectory() as name:
+    kinds = [int(workers) for workers in options.workers.split(",")]
+    total = Outcome([], 0, 0, 0, 0)
+    begun = time.monotonic()
+    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
+    for format_ in options.formats.split(","):
+        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(kinds)) as together:
             folder = Path(name)
             requests = folder / "requests.csv"
             requests.write_text(f"class,count\n0,{options.images}\n")
-            asked = [options.bundle, "--requests", str(requests), "--format", kind]
+            asked = [options.bundle, "--requests", str(requests), "--format", format_]
             asked += ["--per-file", str(max(options.images // 5, 1))]
-            process = start(asked, folder / "whole")
-            wait_until_it_makes_images(process)  # a tenth of them
-            started = time.monotonic()
-            process.communicate()
-            seconds, whole = time.monotonic() - started, content(folder / "whole")
-            if process.returncode or not whole:
-                sys.exit("the run that nobody disturbed failed")
-            asked += ["--workers", str(workers)] if workers else []
-            until = begun + 60 * options.minutes * (number + 1) / len(kinds)
-            found = disturb(asked, whole, seconds, options.cycles, until, folder, chance)
-        wrong += found.different
-        there = f"{min(found.at, default=0)} to {max(found.at, default=0)}"
-        print(
-            f"| {kind} | {workers or 'one process'} | {found.kills} | {there} | {found.ended} "
-            f"| {found.different} |",
-            flush=True,
-        )
-    sys.exit(1 if wrong else 0)
+            job = whole(asked, options.images, folder / "whole")
+            found = [
+                together.submit(
+                    disturb, job, workers, options.cycles, options.runs, folder, options.seed
+                )
+                for workers in kinds
+            ]
+            for workers, outcome in zip(kinds, found, strict=True):
+                at, *counts = outcome.result()
+                there = f"{min(at)} to {max(at)}"
+                cells = (format_, f"1 + {workers} workers" if workers else "1", len(at), there)
+                print(f"| {' | '.join(map(str, (*cells, *counts)))} |", flush=True)
+                total = Outcome(
+                    total.at + at, *(a + b for a, b in zip(total[1:], counts, strict=True))
+                )
+    print(
+        f"\n{len(total.at)} kills of runs of {options.images} images, and as many restarts, in "
+        f"{(time.monotonic() - begun) / 60:.0f} minutes"
+    )
+    sys.exit(bool(total.different or total.lost or total.twice))
 
 
 if __name__ == "__main__":

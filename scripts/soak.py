@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--minutes", type=float, default=30, help="(%(default)s)")
     parser.add_argument("--every", type=float, default=5, help="seconds (%(default)s)")
-    parser.add_argument("--format", default="tar")
+    parser.add_argument("--format", default="tar", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, help="(the physical cores)")
     options = parser.parse_args()
     looks: list[Look] = []
     with tempfile.TemporaryDirectory() as name:
@@ -57,6 +58,8 @@ def main() -> None:
         requests = Path(name) / "requests.csv"
         requests.write_text("class,count\n0,200000\n")
         asked = ["--requests", str(requests), "--format", options.format, "--out", str(out), "-q"]
+        if options.threads:
+            asked += ["--threads", str(options.threads)]
         process = subprocess.Popen([str(COMMAND), "run", options.bundle, *asked])
         while not (out / "images.jsonl").exists() and process.poll() is None:
             time.sleep(0.1)

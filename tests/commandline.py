@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,12 @@ def sentence(said: Answer) -> str:
     return last.removeprefix("lpd-export: error: ")
 
 
-def start(*arguments: object, both: bool = False, **settings: object) -> subprocess.Popen[str]:
+def start(
+    *arguments: object,
+    both: bool = False,
+    env: Mapping[str, str] = os.environ,
+    **settings: object,
+) -> subprocess.Popen[str]:
     """A command in a process of its own, its standard error to be read line by line.
 
     `both` leads standard error to standard output, as `2>&1` does.
@@ -60,7 +66,7 @@ def start(*arguments: object, both: bool = False, **settings: object) -> subproc
         stderr=subprocess.STDOUT if both else subprocess.PIPE,
         text=True,
         # The number of terminal columns must not change what a test sees.
-        env={**os.environ, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"},
+        env={**env, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"},
         **settings,  # type: ignore[call-overload]
     )
 

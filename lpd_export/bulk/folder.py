@@ -24,7 +24,8 @@ from lpd_export.bulk.containers import Container, Pixels
 from lpd_export.bulk.plan import Positions, Record
 from lpd_export.errors import UserError
 from lpd_export.files import rename_for_good, sync
-from lpd_export.run_request import RECORD, RECORDS
+from lpd_export.image_record import RECORD
+from lpd_export.run_request import RECORDS
 
 FAILURES = "failures.jsonl"
 """A line an image that could not be made, and why."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from lpd_export.bulk.folder import Made
 from lpd_export.bulk.plan import Plan, Positions, Requests
 from lpd_export.errors import NumericalError
@@ -30,6 +28,7 @@ def make_images(
         UserError: before the first image, if something is out of range.
         NumericalError: naming the image whose logits are not finite.
     """
+    plan.edits.pipeline = pipeline
     order, failures = iter(positions.tolist()), []
 
     def failed(request: ImageRequest, error: NumericalError) -> None:
@@ -49,7 +48,7 @@ def make_images(
         batch=batch,
         schedule=plan.schedule,
         progress=progress,
-        rest_of=Requests(plan, np.arange(plan.images)),
+        of_run=(plan.images, plan.guided),
         failed=failed,
     )
 
@@ -57,7 +56,9 @@ def make_images(
         for image in images:
             yield from failures
             failures.clear()
-            yield Made(next(order), plan.finish(image.pixels), image.token_ids.tolist())
+            position = next(order)
+            pixels = plan.finish(position, image.pixels)
+            yield Made(position, pixels, image.token_ids.tolist())
         yield from failures
 
     return made()

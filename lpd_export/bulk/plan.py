@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -16,13 +16,15 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lpd_export.bulk.requests_file import RequestLine, read_requests
+from lpd_export.bounds import Seed, checked
+from lpd_export.bulk.edits import Edits
+from lpd_export.bulk.requests_file import Asked, RequestLine, read_requests
 from lpd_export.bundle.classes import display_name, resolve_classes
 from lpd_export.bundle.manifest import MANIFEST, Bundle, Manifest
 from lpd_export.edit_request import EditRequest
 from lpd_export.files import sha256
 from lpd_export.run_request import RunRequest
-from lpd_export.runtime.editing import Edit
+from lpd_export.runtime.randomness import image_randomness
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.schedule_file import Schedule
@@ -44,6 +46,15 @@ class Group:
     index: int | None
     """Of the first image; its position if None."""
     sampling: Sampling
+    edit: EditRequest | None = None
+    """What the images keep of another one, if they do."""
+    where: str = ""
+    """Which line of a file asks for them."""
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.labels) * self.count
 
     @cached_property
     def settings(self) -> Record:
@@ -66,17 +77,25 @@ class Plan:
     manifest: Manifest
     schedule: Schedule
     bundle: Path
-    edit: Edit | None = None
-    edit_request: EditRequest | None = None
+
+    @cached_property
+    def edits(self) -> Edits:
+        """What images keep of others."""
+        return Edits(self.manifest)
 
     @cached_property
     def _ends(self) -> Positions:
-        return np.cumsum([len(group.labels) * group.count for group in self.groups])
+        return np.cumsum([group.images for group in self.groups])
 
     @property
     def images(self) -> int:
         """How many there are."""
         return int(self._ends[-1])
+
+    @property
+    def guided(self) -> bool:
+        """Whether any of them is."""
+        return any(group.sampling.guided for group in self.groups)
 
     def _place(self, position: int) -> tuple[Group, int, int]:
         """An image's group, its place in that, and the position of the group's first image."""
@@ -95,20 +114,18 @@ class Plan:
 
     def request(self, position: int) -> ImageRequest:
         """An image as the pipeline takes it."""
-        if self._edits is not None:
-            return self._edits[position]
-        group, place, first = self._place(position)
-        index = (first if group.index is None else group.index) + place
-        return ImageRequest(self.label(position), group.seed, index, group.sampling)
+        group = self._place(position)[0]
+        label, index = self.label(position), self._index(position)
+        if group.edit is None:
+            return ImageRequest(label, group.seed, index, group.sampling)
+        (request,) = self.edits.edit(group.edit).requests(
+            [label], group.seed, group.sampling, self.schedule, group.edit.order, index
+        )
+        return request
 
-    @cached_property
-    def _edits(self) -> list[ImageRequest] | None:
-        if not self.edit or not self.edit_request:
-            return None
-        (group,) = self.groups
-        labels = group.labels * group.count
-        order = self.edit_request.order
-        return self.edit.requests(labels, group.seed, group.sampling, self.schedule, order)
+    def _index(self, position: int) -> int:
+        group, place, first = self._place(position)
+        return (first if group.index is None else group.index) + place
 
     def stem(self, position: int) -> str:
         """What an image's file is called: position and class, as in 00003_red-panda."""
@@ -123,16 +140,30 @@ class Plan:
 
     def record(self, position: int) -> Record:
         """How an image is made: its line in images.jsonl, but for its file and token ids."""
-        request = self.request(position)
-        own = request.order is not None
+        group, index = self._place(position)[0], self._index(position)
+        of_edit: Record = {}
+        own = False
+        if group.edit is not None:
+            selection = self.edits.selection(group.edit)
+            own = bool(selection.kept.any())
+            of_edit = {
+                "image": group.edit.image,
+                "image_sha256": selection.sha256,
+                "outpaint": selection.outpaint,
+                "kept": np.packbits(selection.kept).tobytes().hex(),
+                "edit_order": group.edit.order,
+                "paste": group.edit.paste,
+            }
+        chance = image_randomness(group.seed, index, self.schedule.cells, self.schedule.count)
         return {
             "position": position,
-            "index": request.index,
-            "class_id": request.label,
+            "index": index,
+            "class_id": self.label(position),
             "class_name": self.class_name(position),
-            "order": None if own else request.chance(self.schedule).order_index,
-            **self._place(position)[0].settings,
+            "order": None if own else chance.order_index,
+            **group.settings,
             **self._common,
+            **of_edit,
         }
 
     @cached_property
@@ -144,28 +175,12 @@ class Plan:
             "schedule_sha256": hashlib.sha256(content).hexdigest(),
             "bundle": str(self.bundle),
             "manifest_sha256": sha256(self.bundle / MANIFEST),
-            **self._of_edit,
         }
 
-    @cached_property
-    def _of_edit(self) -> Record:
-        """What all images of an edit share beside; empty for a run."""
-        if not self.edit or not self.edit_request:
-            return {}
-        taken = self.edit.original.tobytes() + self.edit.token_ids.tobytes()
-        return {
-            "image": self.edit_request.image,
-            "image_sha256": hashlib.sha256(taken).hexdigest(),
-            "kept": np.packbits(self.edit.kept).tobytes().hex(),
-            "edit_order": self.edit_request.order,
-            "paste": self.edit_request.paste,
-        }
-
-    def finish(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def finish(self, position: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Pixels as they are saved: of an edit, the original's where it is kept."""
-        if not self.edit or not self.edit_request or not self.edit_request.paste:
-            return pixels
-        return self.edit.paste(pixels)
+        edit = self._place(position)[0].edit
+        return self.edits.edit(edit).paste(pixels) if edit and edit.paste else pixels
 
     def image(
         self, position: int, pixels: NDArray[np.uint8], token_ids: NDArray[np.int64]
@@ -200,8 +215,8 @@ class Requests(Sequence[ImageRequest]):
         return self._plan.request(int(self._positions[place]))
 
 
-def make_plan(request: RunRequest, bundle: Bundle) -> Plan:
-    """What each image is made from, all of it checked.
+def make_plan(request: RunRequest, bundle: Bundle, edit: EditRequest | None = None) -> Plan:
+    """What each image is made from, all of it checked but pictures; `edit` is of all of them.
 
     Raises:
         UserError: for an unknown class, a value out of its range, or a schedule that cannot be
@@ -214,10 +229,10 @@ def make_plan(request: RunRequest, bundle: Bundle) -> Plan:
     schedule = Schedule.load(request.schedule, steps=steps) if request.schedule else None
     if schedule is not None:
         schedule.check_grid(manifest.model.grid)
-    lines: list[RequestLine] = (
+    lines = (
         read_requests(request.requests)
         if request.requests
-        else [RequestLine(count=request.count, index=0)]
+        else [Asked("", RequestLine(count=request.count, index=0), edit)]
     )
     samplings: dict[tuple[object, ...], Sampling] = {}
 
@@ -235,16 +250,21 @@ def make_plan(request: RunRequest, bundle: Bundle) -> Plan:
             samplings[values] = Sampling(**dict(zip(names, values, strict=True)))  # type: ignore[arg-type]
         return samplings[values]
 
-    def group(line: RequestLine) -> Group:
+    def group(asked: Asked) -> Group:
+        line = asked.line
         classes = [line["class_"]] if "class_" in line else request.classes
         labels = resolve_classes(classes, manifest.class_names, manifest.model.num_classes)
-        return Group(
+        group = Group(
             labels,
             line.get("count", 1),
             line.get("seed", request.seed),
             line.get("index"),
             sampling(line),
+            asked.edit,
+            asked.where,
         )
+        checked("the image's index", (group.index or 0) + group.images - 1, Seed)
+        return group
 
     return Plan(
         [group(line) for line in lines],
@@ -252,8 +272,3 @@ def make_plan(request: RunRequest, bundle: Bundle) -> Plan:
         bundle.schedule() if schedule is None else schedule,
         request.bundle,
     )
-
-
-def with_edit(plan: Plan, edit: Edit, request: EditRequest) -> Plan:
-    """The plan of a run whose images keep a part of another one."""
-    return replace(plan, edit=edit, edit_request=request)

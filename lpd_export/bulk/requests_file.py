@@ -1,6 +1,7 @@
 """A file of requests, JSON lines or CSV: a line asks for images that share a class and settings.
 
-Loads no torch, so that a mistake is told at once, with its line. Does not know class names.
+A line may be an edit, of an image in the file's folder. Loads no torch, so that a mistake is told
+at once, with its line. Does not know class names, and reads no picture.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import difflib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from lpd_export.bounds import (
     Cfg,
+    EditOrder,
     GuidanceSchedule,
     Positive,
     Probability,
@@ -24,8 +26,16 @@ from lpd_export.bounds import (
     Temperature,
     in_words,
 )
+from lpd_export.edit_request import EditRequest
 from lpd_export.errors import UserError
 from lpd_export.files import read_file
+from lpd_export.pictures import Fit
+
+
+def _box(value: object) -> object:
+    """A list of JSON, or the text in a cell of a CSV, as what it is checked for."""
+    value = value.split(",") if isinstance(value, str) else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 @with_config(ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
@@ -44,6 +54,24 @@ class RequestLine(TypedDict, total=False):
     temperature: Temperature
     top_k: Positive
     top_p: Probability
+    image: str
+    """What is edited; this and what follows as `EditRequest` has it, files in the file's folder."""
+    mask: str
+    box: Annotated[tuple[int, int, int, int], BeforeValidator(_box)]
+    outpaint: int
+    fit: Fit
+    order: EditOrder
+    paste: bool
+
+
+class Asked(NamedTuple):
+    """A line, and where it is."""
+
+    where: str
+    """`FILE, line 3`."""
+    line: RequestLine
+    """With its class."""
+    edit: EditRequest | None
 
 
 LARGEST = 2**28
@@ -51,9 +79,10 @@ LARGEST = 2**28
 LINE = TypeAdapter(RequestLine)
 SCHEMA: dict[str, Any] = LINE.json_schema()["properties"]
 KEYS = tuple(SCHEMA)
+OF_EDIT = KEYS[KEYS.index("image") :]
 
 
-def read_requests(path: str | Path) -> list[RequestLine]:
+def read_requests(path: str | Path) -> list[Asked]:
     """The lines of a `.jsonl` or `.csv` file; empty ones do not count.
 
     Raises:
@@ -73,7 +102,7 @@ def read_requests(path: str | Path) -> list[RequestLine]:
     return lines
 
 
-def _json_lines(path: Path, text: str) -> Iterator[RequestLine]:
+def _json_lines(path: Path, text: str) -> Iterator[Asked]:
     # Not splitlines: a name may hold other characters that end a line for Python.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -81,10 +110,10 @@ def _json_lines(path: Path, text: str) -> Iterator[RequestLine]:
                 request = LINE.validate_json(line)
             except ValidationError as error:
                 raise _mistake(path, number, error) from error
-            yield _with_class(path, number, request)
+            yield _asked(path, number, request)
 
 
-def _csv_lines(path: Path, text: str) -> Iterator[RequestLine]:
+def _csv_lines(path: Path, text: str) -> Iterator[Asked]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
     try:
         for row in reader:
@@ -98,15 +127,25 @@ def _csv_lines(path: Path, text: str) -> Iterator[RequestLine]:
             except ValidationError as error:
                 number = reader.line_num if _kind(error) != "extra_forbidden" else 1
                 raise _mistake(path, number, error) from error
-            yield _with_class(path, reader.line_num, request)
+            yield _asked(path, reader.line_num, request)
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
 
 
-def _with_class(path: Path, number: int, request: RequestLine) -> RequestLine:
-    if "class_" not in request:
-        raise UserError(f"{path}, line {number}: it names no class: give one, or none")
-    return request
+def _asked(path: Path, number: int, line: RequestLine) -> Asked:
+    where = f"{path}, line {number}"
+    of_edit: dict[str, Any] = {key: line[key] for key in OF_EDIT if key in line}  # type: ignore[literal-required]
+    if "image" in line:
+        try:
+            edit = EditRequest(**of_edit, folder=path.parent)
+            return Asked(where, {"class_": edit.default_class(), **line}, edit)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    if of_edit:
+        raise UserError(f"{where}: {next(iter(of_edit))} is of an edit: say of which image")
+    if "class_" not in line:
+        raise UserError(f"{where}: it names no class: give one, or none")
+    return Asked(where, line, None)
 
 
 def _kind(error: ValidationError) -> str:

@@ -31,7 +31,7 @@ from lpd_export.run_request import ImageFormat, RunRequest, check_request
     "--requests",
     metavar="FILE.jsonl|csv",
     help="What to draw, a line or row each: class, and if need be count, seed, index, cfg, "
-    "guidance, temperature, top_k, top_p.",
+    "guidance, temperature, top_k, top_p; an edit's image, mask, box, outpaint, fit, order, paste.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same images.")
 @click.option("--cfg", type=float, help="Guidance scale.  [default: the bundle's]")

@@ -37,6 +37,8 @@ Label = int | None
 
 CHUNK = 50
 """Images held at once, and seen between two savings; more only if a batch is larger."""
+MOST_HELD = 2**28
+"""Bytes of the images of an array that are held at once, however few of them these are."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_SIDE, MAX_COUNT = 8192, 10_000_000
 """Of the images in an array; more is damage."""
@@ -237,8 +239,9 @@ class NpzImages:
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open(f"{IMAGES}.npy") as file:
                 read_header(file)
-                for start in range(0, self.count, CHUNK):
-                    labels = list(self._labels[start : start + CHUNK])
+                some = max(1, min(CHUNK, MOST_HELD // int(np.prod(row))))
+                for start in range(0, self.count, some):
+                    labels = list(self._labels[start : start + some])
                     size = len(labels) * int(np.prod(row))
                     content = file.read(size)
                     if len(content) != size:

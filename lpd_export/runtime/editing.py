@@ -6,6 +6,7 @@ know a backend or how cells are generated.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,36 +104,68 @@ class Edit:
         return np.where(self.new_pixels[..., None], np.array(BLANK, np.uint8), self.original)
 
 
-def prepare_edit(
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A picture as it was taken, and what of it is made anew: an edit that no model has seen."""
+
+    source: NDArray[np.uint8] | NDArray[np.int64]
+    """Pixels [side, side, 3] uint8 at the model's resolution, or token ids [S] int64."""
+    outpaint: int | None
+    kept: NDArray[np.bool_]
+    """[S]; the other cells are new."""
+    notes: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the source."""
+        return hashlib.sha256(self.source.tobytes()).hexdigest()
+
+    def edit(
+        self,
+        tokenize: Callable[[Sequence[Picture]], NDArray[np.int64]],
+        detokenize: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    ) -> Edit:
+        """With its pixels and its token ids, by a tokenizer's two functions."""
+        if self.source.ndim == 1:
+            token_ids = self.source.astype(np.int64)
+            picture = to_uint8(detokenize(token_ids[None]))[0]
+        else:
+            picture = self.source.astype(np.uint8)
+        original = picture if self.outpaint is None else surround(picture, self.outpaint)
+        if self.source.ndim != 1 or self.outpaint is not None:
+            (token_ids,) = tokenize([original])
+        return Edit(picture, original, token_ids, self.kept, self.notes)
+
+
+def select(
     source: Source,
     manifest: Manifest,
-    tokenize: Callable[[Sequence[Picture]], NDArray[np.int64]],
-    detokenize: Callable[[NDArray[np.int64]], NDArray[np.float32]],
     mask: Picture | None = None,
     box: Box | None = None,
     outpaint: int | None = None,
     fit: Fit = "crop",
-) -> Edit:
-    """What `Pipeline.prepare_edit` says, by a tokenizer's two functions."""
+) -> Selection:
+    """What `Pipeline.prepare_edit` says, as far as it needs no model.
+
+    Raises:
+        UserError: if nothing says what is new, all is kept, or something cannot be read.
+    """
     if sum(how is not None for how in (mask, box, outpaint)) != 1:
         raise UserError(
             "say what is to be made anew, by one of: a mask, white where the image is to change; a "
             "box of pixels; or outpaint, so many pixels around the image"
         )
     side, grid, notes = manifest.resolution, manifest.model.grid, []
-    token_ids = read_token_ids(source, manifest.model)
-    if token_ids is None:
+    taken: NDArray[np.uint8] | NDArray[np.int64] | None = read_token_ids(source, manifest.model)
+    size = (side, side)
+    if taken is None:
         picture = read_picture(source)  # type: ignore[arg-type]
-        original = fit_picture(picture, side, fit)
-    else:
-        original = to_uint8(detokenize(token_ids[None]))[0]
-        picture = Image.fromarray(original)
-    as_given = original
+        taken, size = fit_picture(picture, side, fit), picture.size
+    stride = side // grid
     if outpaint is not None:
-        original, new = surround(original, outpaint, side // grid)
-        token_ids = None
+        new = margin_mask(side, outpaint, stride)
     elif box is not None:
-        new = fit_mask(box_mask(box, picture.size), side, fit)
+        new = fit_mask(box_mask(box, size), side, fit)
         if not new.any():
             raise UserError(
                 f"the box {','.join(map(str, box))} lies outside of what fit {fit!r} leaves of the "
@@ -142,12 +175,11 @@ def prepare_edit(
         assert mask is not None
         white = read_mask(mask)
         new = fit_mask(white, side, fit)
-        if white.shape not in ((picture.height, picture.width), (grid, grid)):
+        if white.shape not in (size[::-1], (grid, grid)):
             notes.append(
-                f"the mask is {white.shape[1]} x {white.shape[0]}, the image {picture.width} x "
-                f"{picture.height}: both are made {side} x {side} in the same way"
+                f"the mask is {white.shape[1]} x {white.shape[0]}, the image {size[0]} x "
+                f"{size[1]}: both are made {side} x {side} in the same way"
             )
-    stride = side // grid
     kept = ~new.reshape(grid, stride, grid, stride).any(axis=(1, 3)).reshape(-1)
     if kept.all():
         raise UserError(
@@ -155,9 +187,7 @@ def prepare_edit(
         )
     if not kept.any():
         notes.append("nothing of the image is kept: the images are those of a run without it")
-    if token_ids is None:
-        (token_ids,) = tokenize([original])
-    return Edit(as_given, original, token_ids, kept, tuple(notes))
+    return Selection(taken, outpaint, kept, tuple(notes))
 
 
 def read_token_ids(source: Source, model: ModelDescription) -> NDArray[np.int64] | None:
@@ -210,26 +240,28 @@ def box_mask(box: Box, size: tuple[int, int]) -> NDArray[np.bool_]:
     return mask
 
 
-def surround(
-    original: NDArray[np.uint8], around: int, stride: int
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """The picture made smaller by so many pixels on each side, and what is around it.
-
-    Around it are its outermost pixels again, so that the kept cells at the border are read as cells
-    of a picture. Returns pixels [side, side, 3] and a mask [side, side].
+def margin_mask(side: int, around: int, stride: int) -> NDArray[np.bool_]:
+    """A mask [side, side], true in so many pixels on each side.
 
     Raises:
-        UserError: if no cell would be left of the picture.
+        UserError: if no cell would be left inside.
     """
     around = checked("outpaint", around, int)
-    side = len(original)
     most = (side - stride) // 2 // stride * stride
     if not 1 <= around <= most:
         raise UserError(
             f"outpaint must be from 1 to {most} pixels of the model's {side}, but it is {around}"
         )
     inner = side - 2 * around
-    small = Image.fromarray(original).resize((inner, inner), Image.Resampling.LANCZOS)
-    margins = [(around, around), (around, around), (0, 0)]
-    new = np.pad(np.zeros((inner, inner), np.bool_), around, constant_values=True)
-    return np.pad(np.asarray(small), margins, mode="edge"), new
+    return np.pad(np.zeros((inner, inner), np.bool_), around, constant_values=True)
+
+
+def surround(picture: NDArray[np.uint8], around: int) -> NDArray[np.uint8]:
+    """The picture made smaller by so many pixels on each side: [side, side, 3].
+
+    Around it are its outermost pixels again, so that the kept cells at the border are read as cells
+    of a picture.
+    """
+    inner = len(picture) - 2 * around
+    small = Image.fromarray(picture).resize((inner, inner), Image.Resampling.LANCZOS)
+    return np.pad(np.asarray(small), [(around, around), (around, around), (0, 0)], mode="edge")

@@ -24,7 +24,7 @@ from lpd_export.images import BLANK, to_uint8
 from lpd_export.pictures import Fit, Picture, fit_picture, read_picture
 from lpd_export.runtime import teacher_forcing, tokenizer
 from lpd_export.runtime.backends import open_executor
-from lpd_export.runtime.editing import Box, Edit, Source, prepare_edit
+from lpd_export.runtime.editing import Box, Edit, Source, select
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Generator, Step
 from lpd_export.runtime.memory import check_memory
@@ -255,9 +255,8 @@ class Pipeline:
         Raises:
             UserError: if nothing says what is new, all is kept, or something cannot be read.
         """
-        return prepare_edit(
-            image, self.manifest, self.tokenize, self.detokenize, mask, box, outpaint, fit
-        )
+        selection = select(image, self.manifest, mask, box, outpaint, fit)
+        return selection.edit(self.tokenize, self.detokenize)
 
     def sampling(
         self,
@@ -289,7 +288,7 @@ class Pipeline:
         schedule: Schedule | str | os.PathLike[str] | None = None,
         progress: Callable[[Progress], None] | None = None,
         watch: Watch | None = None,
-        rest_of: Sequence[ImageRequest] | None = None,
+        of_run: tuple[int, bool] | None = None,
         failed: Callable[[ImageRequest, NumericalError], None] | None = None,
     ) -> Iterator[GeneratedImage]:
         """Images as they are made, one for each request, in their order.
@@ -302,7 +301,8 @@ class Pipeline:
             watch: called after each step with how many are done, and the token ids so far
                 [images, S] int64 of the batch, which the next step overwrites: what
                 `picture_after` draws. Where generations are recorded, once after the last.
-            rest_of: all requests of a run of which these are a part: buffers are as for all.
+            of_run: of a run of which these are a part, and which was checked, how many images it
+                has and whether any of them is guided: buffers are as for all.
             failed: called in the place of an image whose logits are not finite; without, the
                 error is raised, once the images before it are given.
 
@@ -311,11 +311,12 @@ class Pipeline:
             NumericalError: if the logits of an image are not finite.
         """
         self.check_batch(batch)
-        for request in requests:
-            request.check(self.manifest.model)
-        whole = requests if rest_of is None else rest_of
-        guided = any(request.sampling.guided for request in whole)
-        size = min(batch, len(whole))
+        if of_run is None:
+            for request in requests:
+                request.check(self.manifest.model)
+            of_run = len(requests), any(request.sampling.guided for request in requests)
+        count, guided = of_run
+        size = min(batch, count)
         schedule = self.choose_schedule(schedule)
 
         def generated(chunk: Sequence[ImageRequest]) -> list[GeneratedImage]:

@@ -30,9 +30,12 @@ def test_both_forms_say_the_same(tmp_path: Path) -> None:
         {"class_": "red panda", "seed": 7, "index": 3, "count": 2, "cfg": 1.5, "top_p": 0.5},
         {"class_": "1", "guidance": "constant", "temperature": 2.0, "top_k": 5},
     ]
-    assert read_requests(write(tmp_path, "a.jsonl", lines)) == expected
-    assert read_requests(write(tmp_path, "a.csv", rows)) == expected
-    assert read_requests(write(tmp_path, "b.jsonl", '{"class": null}')) == [{"class_": None}]
+    for path in (write(tmp_path, "a.jsonl", lines), write(tmp_path, "a.csv", rows)):
+        first, second = read_requests(path)
+        assert [first.line, second.line] == expected
+        assert (first.where, first.edit) == (f"{path}, line {1 + (path.suffix == '.csv')}", None)
+    (asked,) = read_requests(write(tmp_path, "b.jsonl", '{"class": null}'))
+    assert asked.line == {"class_": None}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,11 @@ def test_both_forms_say_the_same(tmp_path: Path) -> None:
         ("a.jsonl", '{"class": 0, "cfg": NaN}', "cfg must be a number from 0 to 1000, but it is n"),
         ("a.jsonl", '{"class": 0, "count": 0}', "count must be a whole number from 1 to 2147483"),
         ("a.jsonl", '{"class": 0, "top_p": 2}', "top_p must be a number above 0 and at most 1, bu"),
+        ("a.jsonl", '{"class": 0, "mask": "a.png"}', "line 1: mask is of an edit: say of which im"),
+        ("a.jsonl", '{"image": "a.png", "box": [0, 0, 4]}', "box must be 4 whole numbers, but"),
+        ("a.jsonl", '{"image": "a.png", "fit": "cut"}', "fit must be crop or pad or stretch, but"),
+        ("a.jsonl", '{"image": "a.jsonl"}', "a.jsonl has many images: say which, as in"),
+        ("a.csv", 'image,box\na.png,"0,0,4,x"\n', "box must be 4 whole numbers, but it is 'x'"),
         ("a.jsonl", '{"class": 0,', 'line 1: not a JSON object such as {"class": 207}: Invalid'),
         ("a.jsonl", "[" * 100_000, "line 1: not a JSON object such as"),
         ("a.jsonl", "[]", 'line 1: not a JSON object such as {"class": 207}: Input should be an'),

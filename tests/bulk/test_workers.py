@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_shards import content
 
 from commandline import answer, end, mistake, start, wait_for
@@ -33,7 +34,10 @@ def children(root: int) -> dict[int, str]:
 
 
 def test_a_worker_that_is_killed_leaves_no_gap(small_bundle: Path, tmp_path: Path) -> None:
-    asked = ["--class", "all", "-n", 400, "--format", "tar", "--per-file", 300]
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    lines = '{"class": "all", "count": 400}\n{"image": "red.png", "box": [0, 0, 8, 8], "count": 9}'
+    (tmp_path / "r.jsonl").write_text(lines)
+    asked = ["--requests", tmp_path / "r.jsonl", "--format", "tar", "--per-file", 300]
     whole = tmp_path / "whole"
     assert answer("run", small_bundle, *asked, "--out", whole).code == 0
     process = start("run", small_bundle, *asked, "--workers", 2, "--out", tmp_path / "a")

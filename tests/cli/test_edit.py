@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from commandline import answer, entries, mistake
-from lpd_export.run_request import RECORD
+from lpd_export.image_record import RECORD
 
 pytestmark = pytest.mark.model
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from commandline import answer, mistake
+from commandline import answer, end, mistake, start
 from lpd_export import Pipeline
 from lpd_export.evaluation import evaluate as evaluation
 from lpd_export.evaluation.classifier import Classifier, ClassifierConfig
@@ -116,9 +120,9 @@ def test_images_are_the_same_wherever_they_lie(
     (folder / "trace").mkdir(parents=True)
     shards.mkdir()
     records = []
-    for start in (0, 25):
-        with tarfile.open(shards / f"{start:05d}.tar", "w") as tar:
-            for number in range(start, min(start + 25, COUNT)):
+    for first in (0, 25):
+        with tarfile.open(shards / f"{first:05d}.tar", "w") as tar:
+            for number in range(first, min(first + 25, COUNT)):
                 file = io.BytesIO()
                 Image.fromarray(drawn[number]).save(file, "png")
                 for suffix, content in (("png", file.getvalue()), ("json", b"{}")):
@@ -305,6 +309,32 @@ def test_what_was_seen_is_not_made_again(
     damaged = answer("evaluate", small_bundle, *options, "--per-class", 25)
     assert made == [25, 50, 50, 25]
     assert damaged.out == first.out
+
+
+def test_killed_and_started_again_it_measures_the_same(
+    small_bundle: Path, photos: Path, classifier: Path, tmp_path: Path
+) -> None:
+    """By SIGKILL, in a process of its own; what was seen before is taken as it is."""
+    asked = ("evaluate", small_bundle, "--against", photos, "--features", classifier, "--json")
+    asked += ("--per-class", 100, "--batch", 5)  # type: ignore[assignment]
+
+    def command(cache: str) -> subprocess.Popen[str]:
+        return start(*asked, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / cache)})
+
+    whole = end(command("whole"))
+    assert whole.code == 0, whole
+    process = command("cut")
+    kept = tmp_path / "cut" / "lpd-export" / evaluation.KEPT
+    while process.poll() is None and len(list(kept.glob("*.npz"))) < 3:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
+    again = end(command("cut"))
+    assert again.code == 0, again
+    assert again.out == whole.out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert 3 <= len(before) < len(list(kept.glob("*.npz"))) == 11
 
 
 # -------------------------------------------------------------------------------------- mistakes

@@ -19,6 +19,9 @@ NAMES = (
     "class names",
     "graph",
     "image",
+    "images arr_0.npy",
+    "images arr_1.npy",
+    "images npz",
     "kept layers",
     "manifest",
     "mask",
@@ -30,6 +33,11 @@ NAMES = (
     "schedule meta.npy",
     "schedule npz",
     "schedule orders.npy",
+    "statistics count.npy",
+    "statistics features_sha256.npy",
+    "statistics mu.npy",
+    "statistics npz",
+    "statistics sigma.npy",
     "token ids",
 )
 
