@@ -132,9 +132,10 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=34, help="kills of each kind (%(default)s)")
     parser.add_argument("--images", type=int, default=500, help="of a run (%(default)s)")
     parser.add_argument(
-        "--runs", type=int, default=2, help="that these kills are about enough for (%(default)s)"
+        "--runs", type=int, default=1, help="that these kills are about enough for (%(default)s)"
     )
     parser.add_argument("--formats", default="png,tar,npz")
+    parser.add_argument("--cfg", type=float, default=1, help="1 takes half the time (%(default)s)")
     parser.add_argument("--workers", default="0,2", help="0 is one process (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     options = parser.parse_args()
@@ -148,7 +149,8 @@ def main() -> None:
             requests = folder / "requests.csv"
             requests.write_text(f"class,count\n0,{options.images}\n")
             asked = [options.bundle, "--requests", str(requests), "--format", format_]
-            asked += ["--per-file", str(max(options.images // 5, 1))]
+            per_file = max(options.images // 5, 1)
+            asked += ["--cfg", str(options.cfg), "--per-file", str(per_file)]
             job = whole(asked, options.images, folder / "whole")
             found = [
                 together.submit(

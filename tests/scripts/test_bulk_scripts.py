@@ -21,7 +21,7 @@ def said_by(script: str, *arguments: object) -> str:
 
 
 def test_runs_that_are_killed_and_go_on(small_bundle: Path) -> None:
-    asked = ["--cycles", 2, "--images", 400, "--formats", "tar", "--workers", 0, "--runs", 1]
+    asked = ["--cycles", 2, "--images", 400, "--formats", "tar", "--workers", 0]
     *_, row, _, total = said_by("kill_and_resume.py", small_bundle, *asked).splitlines()
     assert re.fullmatch(r"\| tar \| 1 \| 2 \| \d+ to \d+ \| \d \| 0 \| 0 \| 0 \|", row)
     assert total.startswith("2 kills of runs of 400 images, and as many restarts, in ")
