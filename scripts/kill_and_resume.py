@@ -1,10 +1,10 @@
 """Kills runs at random moments, starts them again, and compares what they end with.
 
-    python scripts/kill_and_resume.py engines/demo --cycles 34
+    python scripts/kill_and_resume.py engines/demo
 
-For each format: a run that nobody disturbs, and beside one another runs of one process and of
-workers, which are killed (SIGKILL) again and again, and started again by the same command, until
-they end; they must have the same files with the same bytes. Exits with 1 if one has not.
+For each format: a run that nobody disturbs, and runs of one process and of workers, which are
+killed (SIGKILL) again and again, and started again by the same command, until they end; they must
+have the same files with the same bytes. Exits with 1 if one has not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 COMMAND = Path(sys.executable).with_name("lpd-export")
+AT_ONCE = 2
+"""Runs beside one another."""
 WHILE_STARTING = 0.2
 """The share of kills that may come before an image is made."""
 HEADINGS = (
@@ -93,14 +95,15 @@ def whole(asked: list[str], images: int, out: Path) -> Job:
     return Job(asked, images, time.monotonic() - first, first - begun, content(out))
 
 
-def disturb(job: Job, workers: int, cycles: int, runs: int, out: Path, seed: int) -> Outcome:
+def disturb(of: Future[Job], workers: int, cycles: int, runs: int, out: Path, seed: int) -> Outcome:
     """Kills runs of a job so often, about as often in each of so many runs."""
+    job = of.result()
     asked = [*job.asked, "--workers", str(workers)] if workers else job.asked
     chance = random.Random(seed)
     at: list[int] = []
     ended = different = lost = twice = 0
     while len(at) < cycles:
-        path = out / f"{workers}_{ended}"
+        path = Path(f"{out}_{workers}_{ended}")
         while True:
             process = start(asked, path)
             if len(at) < cycles:
@@ -129,7 +132,9 @@ def disturb(job: Job, workers: int, cycles: int, runs: int, out: Path, seed: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
-    parser.add_argument("--cycles", type=int, default=34, help="kills of each kind (%(default)s)")
+    parser.add_argument(
+        "--cycles", default="54,13", help="kills of each kind, in each format (%(default)s)"
+    )
     parser.add_argument("--images", type=int, default=500, help="of a run (%(default)s)")
     parser.add_argument(
         "--runs", type=int, default=1, help="that these kills are about enough for (%(default)s)"
@@ -140,32 +145,35 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     options = parser.parse_args()
     kinds = [int(workers) for workers in options.workers.split(",")]
+    cycles = [int(kills) for kills in options.cycles.split(",")]
+    formats = options.formats.split(",")
     total = Outcome([], 0, 0, 0, 0)
     begun = time.monotonic()
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
-    for format_ in options.formats.split(","):
-        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(kinds)) as together:
-            folder = Path(name)
-            requests = folder / "requests.csv"
-            requests.write_text(f"class,count\n0,{options.images}\n")
-            asked = [options.bundle, "--requests", str(requests), "--format", format_]
-            per_file = max(options.images // 5, 1)
-            asked += ["--cfg", str(options.cfg), "--per-file", str(per_file)]
-            job = whole(asked, options.images, folder / "whole")
-            found = [
-                together.submit(
-                    disturb, job, workers, options.cycles, options.runs, folder, options.seed
-                )
-                for workers in kinds
-            ]
-            for workers, outcome in zip(kinds, found, strict=True):
-                at, *counts = outcome.result()
-                there = f"{min(at)} to {max(at)}"
-                cells = (format_, f"1 + {workers} workers" if workers else "1", len(at), there)
-                print(f"| {' | '.join(map(str, (*cells, *counts)))} |", flush=True)
-                total = Outcome(
-                    total.at + at, *(a + b for a, b in zip(total[1:], counts, strict=True))
-                )
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(AT_ONCE) as together:
+        folder = Path(name)
+        requests = folder / "requests.csv"
+        requests.write_text(f"class,count\n0,{options.images}\n")
+        per_file = max(options.images // 5, 1)
+        asked = [options.bundle, "--requests", str(requests)]
+        asked += ["--cfg", str(options.cfg), "--per-file", str(per_file), "--format"]
+        jobs = [
+            together.submit(whole, [*asked, format_], options.images, folder / f"{format_}_whole")
+            for format_ in formats
+        ]
+        found = {
+            (format_, workers): together.submit(
+                disturb, job, workers, kills, options.runs, folder / format_, options.seed
+            )
+            for format_, job in zip(formats, jobs, strict=True)
+            for workers, kills in zip(kinds, cycles, strict=True)
+        }
+        for (format_, workers), outcome in found.items():
+            at, *counts = outcome.result()
+            there = f"{min(at)} to {max(at)}"
+            cells = (format_, f"1 + {workers} workers" if workers else "1", len(at), there)
+            print(f"| {' | '.join(map(str, (*cells, *counts)))} |", flush=True)
+            total = Outcome(total.at + at, *(a + b for a, b in zip(total[1:], counts, strict=True)))
     print(
         f"\n{len(total.at)} kills of runs of {options.images} images, and as many restarts, in "
         f"{(time.monotonic() - begun) / 60:.0f} minutes"
