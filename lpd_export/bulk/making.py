@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from lpd_export.bulk.folder import Made
 from lpd_export.bulk.plan import Plan, Positions, Requests
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import NumericalError
 from lpd_export.runtime.pipeline import Pipeline, Progress
 from lpd_export.runtime.requests import ImageRequest
@@ -25,9 +26,11 @@ def make_images(
     """An image for each position, or if `keep_going` why there is none.
 
     Raises:
-        UserError: before the first image, if something is out of range.
+        UserError: before the first image, if something is out of range, or the pipeline is not of
+            the plan's bundle, which another build replaced.
         NumericalError: naming the image whose logits are not finite.
     """
+    Bundle(plan.bundle, pipeline.manifest).check_is(plan.manifest)
     plan.edits.pipeline = pipeline
     order, failures = iter(positions.tolist()), []
 

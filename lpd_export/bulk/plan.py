@@ -77,6 +77,8 @@ class Plan:
     manifest: Manifest
     schedule: Schedule
     bundle: Path
+    manifest_sha256: str
+    """Of the file."""
 
     @cached_property
     def edits(self) -> Edits:
@@ -174,7 +176,7 @@ class Plan:
             "steps": self.schedule.steps,
             "schedule_sha256": hashlib.sha256(content).hexdigest(),
             "bundle": str(self.bundle),
-            "manifest_sha256": sha256(self.bundle / MANIFEST),
+            "manifest_sha256": self.manifest_sha256,
         }
 
     def finish(self, position: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -271,4 +273,5 @@ def make_plan(request: RunRequest, bundle: Bundle, edit: EditRequest | None = No
         manifest,
         bundle.schedule() if schedule is None else schedule,
         request.bundle,
+        sha256(request.bundle / MANIFEST),
     )

@@ -23,7 +23,7 @@ from lpd_export.bulk.containers import container
 from lpd_export.bulk.folder import Made
 from lpd_export.bulk.making import make_images
 from lpd_export.bulk.plan import Positions, make_plan
-from lpd_export.bundle.manifest import Bundle
+from lpd_export.bundle.manifest import Bundle, Manifest
 from lpd_export.errors import NumericalError, UserError
 from lpd_export.files import uninterrupted
 from lpd_export.formats import BACKENDS
@@ -44,6 +44,7 @@ class Work:
     """What every worker is told."""
 
     request: RunRequest
+    manifest: Manifest
     batch: int
     positions: bytes
     """int64, of all images that are to be made."""
@@ -54,6 +55,7 @@ class Worker:
 
     def __init__(self, work: Work) -> None:
         request, bundle = work.request, Bundle.open(work.request.bundle)
+        bundle.check_is(work.manifest)
         self._batch, self._plan = work.batch, make_plan(request, bundle)
         self._positions = np.frombuffer(work.positions, np.int64)
         self._container = container(
@@ -114,7 +116,7 @@ def made_by_workers(
         images = ray.data.from_items(numbers, override_num_blocks=parts).map_batches(
             Worker,
             batch_size=None,
-            fn_constructor_args=(Work(told, batch, positions.tobytes()),),
+            fn_constructor_args=(Work(told, bundle.manifest, batch, positions.tobytes()),),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=threads or 1,
             num_gpus=1 if on_gpus else 0,

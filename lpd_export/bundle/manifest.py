@@ -373,15 +373,19 @@ class Bundle:
             self.verify_meanwhile(name)()
         except UserError as error:
             try:
-                replaced = Bundle.open(self.path).manifest != self.manifest
+                Bundle.open(self.path).check_is(self.manifest)
             except UserError:
-                replaced = True
-            if replaced:
-                raise UserError(
-                    f"{self.path} was replaced or taken away while it was read: start again"
-                ) from error
+                raise self._replaced() from error
             raise
         return self.path / name
+
+    def check_is(self, manifest: Manifest) -> None:
+        """Raises UserError unless this is the bundle of a manifest that was read before."""
+        if self.manifest != manifest:
+            raise self._replaced()
+
+    def _replaced(self) -> UserError:
+        return UserError(f"{self.path} was replaced or taken away while it was read: start again")
 
     def verify_meanwhile(self, name: str) -> Callable[[], None]:
         """Starts to verify a file in a thread; the call that is returned waits for the end.

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpd_export.bundle.manifest import MANIFEST
+from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.evaluation.statistics import IMAGES, LABELS, entries, load_arrays, read_header
 from lpd_export.files import sha256
@@ -275,8 +275,10 @@ class BundleImages:
         self._requests = [
             ImageRequest(index // per_class, seed, index, sampling) for index in range(self.count)
         ]
+        digest = sha256(bundle / MANIFEST)
+        Bundle.open(bundle).check_is(manifest)
         self._common: dict[str, Any] = {
-            "manifest": sha256(bundle / MANIFEST),
+            "manifest": digest,
             "seed": seed,
             "sampling": dataclasses.asdict(sampling),
             "batch": batch,

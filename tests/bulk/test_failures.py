@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from commandline import answer, mistake
-from lpd_export.run_request import RECORDS
+from lpd_export import Pipeline
+from lpd_export.bulk.making import make_images
+from lpd_export.bulk.plan import make_plan
+from lpd_export.bundle.manifest import Bundle
+from lpd_export.errors import UserError
+from lpd_export.run_request import RECORDS, RunRequest
 
 pytestmark = pytest.mark.model
 
@@ -60,3 +66,9 @@ def test_a_run_of_which_every_image_fails(broken_bundle: Path, tmp_path: Path) -
     said = answer("run", broken_bundle, *asked, "--keep-going")
     assert said.code == 0, said
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["failures.jsonl", RECORDS]
+
+
+def test_a_bundle_that_another_build_replaced(small_bundle: Path, broken_bundle: Path) -> None:
+    plan = make_plan(RunRequest(small_bundle, ["0"], Path("a")), Bundle.open(small_bundle))
+    with pytest.raises(UserError, match="small was replaced or taken away while it was read: star"):
+        make_images(Pipeline.open(broken_bundle), plan, np.arange(1), 1, False)
