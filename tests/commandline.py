@@ -71,15 +71,32 @@ def start(
     )
 
 
-def wait_for(process: subprocess.Popen[str], words: str) -> None:
-    """Reads standard error up to the line that begins with these words."""
+def wait_for(process: subprocess.Popen[str], words: str) -> str:
+    """Reads standard error up to the line that begins with these words, and gives it."""
     assert process.stderr is not None
     read = []
     for line in process.stderr:
         read.append(line)
         if line.startswith(words):
-            return
+            return line
     raise AssertionError(f"{words!r} was never said: {''.join(read)}")
+
+
+def children(root: int) -> dict[int, str]:
+    """All processes below one, with their command lines."""
+    parents, commands = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(path.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = path.joinpath("cmdline").read_text()
+        except OSError:  # it has just ended
+            continue
+        parents[int(path.name)], commands[int(path.name)] = parent, command
+
+    def below(process: int) -> bool:
+        return process == root or (process in parents and below(parents[process]))
+
+    return {process: command for process, command in commands.items() if below(process)}
 
 
 def end(process: subprocess.Popen[str]) -> Answer:

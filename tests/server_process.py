@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import httpx2
 
+from lpd_export.serving.making import InProcess
 from lpd_export.serving.request import ServeRequest
 from lpd_export.serving.server import Server, listen
 
@@ -33,8 +34,8 @@ class Running(NamedTuple):
             begun.set()
             assert end.wait(60)
 
-        thread = self.server.models[name].thread
-        thread.call(work)
+        queue = self.server.models[name].queue
+        queue.call(work)
         assert begun.wait(60)
         try:
             yield
@@ -46,7 +47,7 @@ class Running(NamedTuple):
 def running(request: ServeRequest) -> Iterator[Running]:
     """A server that is ready."""
     said: list[str] = []
-    server = Server(request, said.append)
+    server = Server(request, InProcess(request), said.append)
     with contextlib.closing(listen("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.run_models(listener)))
         thread.start()

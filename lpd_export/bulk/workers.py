@@ -7,10 +7,7 @@ by another. Nothing is scheduled here, and nothing is stored.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +22,9 @@ from lpd_export.bulk.making import make_images
 from lpd_export.bulk.plan import Positions, make_plan
 from lpd_export.bundle.manifest import Bundle, Manifest
 from lpd_export.errors import NumericalError, UserError
-from lpd_export.files import uninterrupted
 from lpd_export.formats import BACKENDS
+from lpd_export.machine.cluster import cores, import_ray, ray_session
 from lpd_export.run_request import RunRequest
-from lpd_export.runtime.onnxruntime_executor import allowed_cores
 from lpd_export.runtime.pipeline import Pipeline
 
 PARTS = 64
@@ -93,7 +89,7 @@ def made_by_workers(
         UserError: if Ray is missing, has too little for so many workers, or one cannot start.
         NumericalError: naming the image whose logits are not finite.
     """
-    ray = import_ray()
+    ray = import_ray("data", "--workers needs Ray: pip install 'lpd-export[ray]', or use --shard")
     on_gpus = BACKENDS[bundle.manifest.backend].compiles or request.device == "cuda"
     threads = None if on_gpus else request.threads or max(1, cores() // workers)
     told = replace(
@@ -139,38 +135,6 @@ def received(part: Columns, keep_going: bool) -> Iterator[Made]:
         yield Made(int(position), content, tokens.tolist(), failed)
 
 
-def import_ray() -> Any:
-    """Ray, which says nothing but errors, and nothing to its makers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise UserError(
-            "--workers needs Ray: pip install 'lpd-export[ray]', or use --shard"
-        ) from error
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    return ray
-
-
-@contextlib.contextmanager
-def ray_session(ray: Any, cpus: int | None) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, else one of this machine for the block."""
-    if ray.is_initialized():
-        yield
-        return
-    here = not os.environ.get("RAY_ADDRESS")
-    of_machine = {"include_dashboard": False, "num_cpus": cpus} if here else {}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **of_machine)
-    try:
-        yield
-    finally:
-        with uninterrupted():
-            ray.shutdown()
-
-
 def check_resources(found: dict[str, float], workers: int, threads: int | None) -> None:
     """Raises UserError if Ray would wait for ever for what it has not."""
     what, wanted = ("GPU", workers) if threads is None else ("CPU", workers * threads)
@@ -179,8 +143,3 @@ def check_resources(found: dict[str, float], workers: int, threads: int | None) 
             f"--workers {workers} needs {wanted} {what}s, but Ray has {found.get(what, 0):g}: use "
             "fewer workers"
         )
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return allowed_cores() or os.cpu_count() or 1

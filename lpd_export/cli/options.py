@@ -33,6 +33,25 @@ def device_option(function: Command) -> Command:
     )(function)
 
 
+def batching_options(queue_help: str) -> Callable[[Command], Command]:
+    """Adds `batch`, `max_queue` and `max_wait`, how requests come to share batches."""
+    batch = click.option(
+        "--batch",
+        type=int,
+        help="Images made together at most.  [default: the bundle's limit, or 4]",
+    )
+    queue = click.option("--max-queue", type=int, default=256, show_default=True, help=queue_help)
+    wait = click.option(
+        "--max-wait",
+        type=float,
+        metavar="MS",
+        default=5.0,
+        show_default=True,
+        help="Milliseconds that an image waits for others to share its batch.",
+    )
+    return lambda function: batch(queue(wait(function)))
+
+
 def reference_options(function: Command) -> Command:
     """Adds `checkpoint` and `tokenizer`, what the reference is made of."""
     checkpoint = click.option(

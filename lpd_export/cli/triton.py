@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lpd_export.cli.options import device_option
+from lpd_export.cli.options import batching_options, device_option
 from lpd_export.cli.output import json_option, print_json
 
 
@@ -21,30 +21,13 @@ from lpd_export.cli.output import json_option, print_json
     help="The folder to write, which is not there yet.",
 )
 @click.option(
-    "--batch", type=int, help="Images made together at most.  [default: the bundle's limit, or 4]"
-)
-@click.option(
     "--instances",
     type=int,
     default=1,
     show_default=True,
     help="Of each bundle, on the CPU or on each GPU.",
 )
-@click.option(
-    "--max-queue",
-    type=int,
-    default=256,
-    show_default=True,
-    help="Requests that may wait; Triton refuses more.",
-)
-@click.option(
-    "--max-wait",
-    type=float,
-    metavar="MS",
-    default=5.0,
-    show_default=True,
-    help="Milliseconds that Triton lets a request wait for others to share its batch.",
-)
+@batching_options("Requests that may wait; Triton refuses more.")
 @device_option
 @click.option("--threads", type=int, help="Of a CPU, for each instance.")
 @json_option

@@ -63,7 +63,7 @@ GENERATION, EDIT = Kind("image_generation", "generations"), Kind("image_edit", "
 
 
 def make_app(models: Mapping[str, ServedModel], keys: frozenset[bytes], meters: Meters) -> Gate:
-    """The application, behind its gate; the models' threads are started by who runs it."""
+    """The application, behind its gate; the models' queues are started by who runs it."""
     app = FastAPIOffline(
         title="lpd-export",
         version=lpd_export.__version__,
@@ -131,7 +131,7 @@ def add_overview(app: FastAPI, models: Mapping[str, ServedModel], meters: Meters
     async def ready() -> Response:
         """Whether every bundle is loaded and requests are taken."""
         loaded = {name: model.ready for name, model in models.items()}
-        whole = all(loaded.values()) and not any(m.thread.stopping for m in models.values())
+        whole = all(loaded.values()) and not any(m.queue.stopping for m in models.values())
         return AsciiJSONResponse({"ready": whole, "models": loaded}, 200 if whole else 503)
 
     @app.get("/metrics", tags=["operation"])
@@ -307,7 +307,7 @@ class Answer:
 
     def leave(self) -> None:
         """Drops what is still to be made; after a whole answer there is nothing."""
-        self.model.thread.leave(self.client)
+        self.model.queue.leave(self.client)
 
 
 def server_sent(event: str, content: dict[str, Any]) -> bytes:

@@ -1,8 +1,8 @@
-"""Images of many users in shared batches: a queue, and the thread that a model belongs to.
+"""Images of many users in shared batches: the queue of a model, and the threads that empty it.
 
 What waits is rows of buffers, so that a batch mixes users, classes, seeds, guidance, filters and
 given cells; only steps of other sizes make a batch of their own. A batch starts when it is full or
-its oldest image has waited long enough. Knows the pipeline; does not know HTTP.
+its oldest image has waited long enough. Does not know who makes a batch, and where, nor HTTP.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
@@ -28,9 +28,6 @@ from lpd_export.schedule.schedule_file import Schedule
 
 Result = TypeVar("Result")
 log = logging.getLogger("lpd_export.serving")
-
-CPU_BUFFERS = 2
-"""Sets of buffers that are kept on a CPU: of a lone image and of a full batch."""
 
 
 class QueueFullError(Exception):
@@ -89,7 +86,7 @@ class Job:
     schedule: Schedule
     client: Client
     deliver: Callable[[Event], None]
-    """Called by the model's thread with each partial image, then once with the image or why not."""
+    """Called by the queue's threads: with each partial image, then with the image or why not."""
     partial_steps: Sequence[int] = ()
     """After which steps it is to be seen, rising."""
     entered: float = field(default_factory=time.monotonic)
@@ -97,36 +94,77 @@ class Job:
     """The last step that was."""
 
 
-class ModelThread:
-    """The thread that opens a bundle and alone runs it.
+class Maker(Protocol):
+    """Who makes a batch: a pipeline in this process, or replicas elsewhere."""
+
+    def make(self, jobs: Sequence[Job]) -> list[GeneratedImage]:
+        """An image for each job; partial ones are delivered on the way.
+
+        Raises:
+            AbandonedError: if nobody waits for any of them any more.
+            UserError: if one of them cannot be made.
+        """
+
+    def call(self, task: Callable[[Pipeline], Result]) -> Result:
+        """Runs something else that needs the pipeline."""
+
+    def left(self) -> None:
+        """Is told, from any thread, that a client has left."""
+
+    def close(self) -> None:
+        """Gives back what it holds; nothing follows."""
+
+
+class Makers(Protocol):
+    """Where the batches of bundles are made."""
+
+    def places(self, bundle: Bundle) -> int:
+        """How many batches of a bundle are made at once."""
+
+    def open(self, bundle: Bundle, batch: int) -> Maker:
+        """Who makes a bundle's batches of so many images at most, loaded.
+
+        Raises:
+            UserError: if nobody can.
+            StoppingError: after `stop`.
+        """
+
+    def stop(self) -> None:
+        """Lets `open` wait no longer than it must."""
+
+
+class ModelQueue:
+    """What waits for a model, and the threads that hand it on, a batch each.
 
     Args:
-        open_pipeline: gives the pipeline; called by the thread.
+        open_maker: gives who makes batches; called by the first thread, which is the only one that
+            ever uses it if there is one place.
         batch: images made together, at most.
         max_queue: images that may wait.
         max_wait: seconds that the oldest image waits for others.
+        places: batches made at once.
         on_batch: told each batch's size and seconds.
     """
 
     def __init__(
         self,
-        open_pipeline: Callable[[], Pipeline],
+        open_maker: Callable[[], Maker],
         batch: int,
         max_queue: int,
         max_wait: float,
+        places: int = 1,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,
     ) -> None:
         self.batch, self.max_queue, self.max_wait = batch, max_queue, max_wait
-        self.opened: Future[Pipeline] = Future()
-        """The pipeline, or why there is none."""
-        self._open_pipeline, self._on_batch = open_pipeline, on_batch
+        self.opened: Future[Maker] = Future()
+        """Who makes batches, or why nobody does."""
+        self._open_maker, self._places, self._on_batch = open_maker, places, on_batch
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._tasks: deque[tuple[Future[Any], Callable[[Pipeline], Any]]] = deque()
         self._stopping = False
         self._pace = 0.0  # seconds an image, lately
-        self._pipelines: OrderedDict[tuple[int, bool], Pipeline] = OrderedDict()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._open, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -150,7 +188,7 @@ class ModelThread:
         with self._changed:
             self.check_room(len(jobs))
             self._waiting.extend(jobs)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def check_room(self, images: int = 1) -> None:
         """Sees that so many more would be taken.
@@ -177,7 +215,7 @@ class ModelThread:
         with self._changed:
             self.check_room()
             self._tasks.append((future, task))
-            self._changed.notify()
+            self._changed.notify_all()
         return future
 
     def leave(self, client: Client) -> None:
@@ -185,6 +223,8 @@ class ModelThread:
         client.left = True
         with self._changed:
             self._waiting = deque(job for job in self._waiting if job.client is not client)
+        if self.opened.done() and not self.opened.exception():
+            self.opened.result().left()
 
     def stop(self) -> None:
         """Takes nothing new; what has begun is finished, what has not is told so."""
@@ -192,34 +232,44 @@ class ModelThread:
             self._stopping = True
             refused = [job for job in self._waiting if not job.client.begun]
             self._waiting = deque(job for job in self._waiting if job.client.begun)
-            self._changed.notify()
+            self._changed.notify_all()
         for job in refused:
             job.deliver(StoppingError())
 
     def join(self) -> None:
-        """Waits for the thread to end, after `stop`."""
+        """Waits for the threads to end, after `stop`."""
         self._thread.join()
 
-    # ------------------------------------------------------------------------ the thread's own
+    # ----------------------------------------------------------------------- the threads' own
 
-    def _work(self) -> None:
+    def _open(self) -> None:
         try:
-            pipeline = self._open_pipeline()
+            maker = self._open_maker()
         except Exception as error:
             self.opened.set_exception(error)
             return
-        self.opened.set_result(pipeline)
+        self.opened.set_result(maker)
+        others = [
+            threading.Thread(target=self._work, args=(maker,), daemon=True)
+            for _ in range(self._places - 1)
+        ]
+        for thread in others:
+            thread.start()
+        self._work(maker)
+        for thread in others:
+            thread.join()
+        maker.close()
+
+    def _work(self, maker: Maker) -> None:
         while (work := self._next()) is not None:
             if isinstance(work, list):
-                self._make(work)
+                self._make(maker, work)
             else:
                 future, task = work
                 try:
-                    future.set_result(task(pipeline))
+                    future.set_result(maker.call(task))
                 except Exception as error:
                     future.set_exception(error)
-        for each in (*self._pipelines.values(), pipeline):
-            each.close()
 
     def _next(self) -> list[Job] | tuple[Future[Any], Callable[[Pipeline], Any]] | None:
         """Waits for the next batch or task; None when there will be none."""
@@ -246,11 +296,11 @@ class ModelThread:
                     job.client.begun = True
                 return chosen
 
-    def _make(self, jobs: list[Job]) -> None:
+    def _make(self, maker: Maker, jobs: list[Job]) -> None:
         """Makes a batch and delivers it; one image's fault is not that of the others."""
         started = time.monotonic()
         try:
-            images = self._generate(jobs)
+            images = maker.make(jobs)
         except AbandonedError:
             return
         except Exception as error:
@@ -260,59 +310,11 @@ class ModelThread:
                 jobs[0].deliver(error)
                 return
             for job in jobs:
-                self._make([job])
+                self._make(maker, [job])
             return
         seconds = time.monotonic() - started
-        self._pace = seconds / len(jobs)
+        self._pace = seconds / len(jobs) / self._places
         self._on_batch(len(jobs), seconds)
         for job, image in zip(jobs, images, strict=True):
+            image = replace(image, request=job.request, schedule=job.schedule)
             job.deliver(Finished(image, started - job.entered, seconds))
-
-    def _generate(self, jobs: list[Job]) -> list[GeneratedImage]:
-        # One schedule for all: where an image's own is another, its order is said.
-        schedule = jobs[0].schedule
-        requests = [
-            job.request
-            if job.schedule is schedule
-            else replace(job.request, order=job.request.order_of(job.schedule))
-            for job in jobs
-        ]
-        size = self._size(len(jobs))
-        # Rows beyond the images repeat the last one.
-        padded = [*requests, *[requests[-1]] * (size - len(requests))]
-        pipeline = self._pipeline(size, any(request.sampling.guided for request in requests))
-
-        def watch(step: int, token_ids: Tensor) -> None:
-            if all(job.client.left for job in jobs):
-                raise AbandonedError
-            for row, job in enumerate(jobs):
-                for due in job.partial_steps:
-                    if job.shown < due <= step and not job.client.left:
-                        job.shown = due
-                        tokens = token_ids[row].cpu().numpy()
-                        pixels = pipeline.picture_after(due, tokens, job.request, job.schedule)
-                        job.deliver(Partial(due, pixels))
-
-        images = pipeline.stream(padded, batch=size, schedule=schedule, watch=watch)
-        made = list(images)[: len(jobs)]
-        return [replace(i, request=j.request, schedule=j.schedule) for i, j in zip(made, jobs)]  # noqa: B905
-
-    def _size(self, images: int) -> int:
-        """Rows of the buffers: of few sizes where each is a recording, and rows cost little."""
-        if self.opened.result().executor.device.type == "cpu":
-            return images
-        return min(1 << (images - 1).bit_length(), self.batch)
-
-    def _pipeline(self, size: int, guided: bool) -> Pipeline:
-        """The pipeline whose buffers are of this size, over the one set of graphs."""
-        key, first = (size, guided), self.opened.result()
-        if key in self._pipelines:
-            self._pipelines.move_to_end(key)
-            return self._pipelines[key]
-        on_cpu = first.executor.device.type == "cpu"
-        kept = CPU_BUFFERS if on_cpu else 2 * (1 + self.batch.bit_length())
-        while len(self._pipelines) >= kept:
-            self._pipelines.popitem(last=False)[1].close()
-        made = Pipeline(first.manifest, first.choose_schedule(None), first.executor)
-        self._pipelines[key] = made
-        return made

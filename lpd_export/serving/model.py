@@ -1,6 +1,6 @@
 """A served bundle: what its clients may ask, and the image requests that follow from it.
 
-Knows the bundle's manifest and schedules, and its thread. Does not know HTTP but for how a wrong
+Knows the bundle's manifest and schedules, and its queue. Does not know HTTP but for how a wrong
 parameter is refused.
 """
 
@@ -26,7 +26,7 @@ from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import Sampling
 from lpd_export.schedule.schedule_file import FOREIGN, Schedule
-from lpd_export.serving.batching import Client, Event, Job, ModelThread
+from lpd_export.serving.batching import Client, Event, Job, Makers, ModelQueue
 from lpd_export.serving.metrics import Meters
 from lpd_export.serving.refusals import RefusedError, refusal
 from lpd_export.serving.request import ServeRequest, batch_of
@@ -51,23 +51,27 @@ class Plan(NamedTuple):
 
 
 class ServedModel:
-    """A bundle with its name, its queue and its thread."""
+    """A bundle with its name and its queue."""
 
-    def __init__(self, name: str, bundle: Bundle, request: ServeRequest, meters: Meters) -> None:
+    def __init__(
+        self, name: str, bundle: Bundle, request: ServeRequest, makers: Makers, meters: Meters
+    ) -> None:
         self.name, self.manifest = name, bundle.manifest
         self.schedule = bundle.schedule()
-        self.thread = ModelThread(
-            partial(Pipeline.open, bundle.path, device=request.device, threads=request.threads),
-            batch_of(bundle, request.batch),
+        batch = batch_of(bundle, request.batch)
+        self.queue = ModelQueue(
+            partial(makers.open, bundle, batch),
+            batch,
             request.max_queue,
             request.max_wait / 1e3,
+            makers.places(bundle),
             self._count_batch,
         )
         self._meters = meters
         self._schedules: dict[tuple[int, str], Schedule] = {}
         self._making = threading.Lock()
         self._pictures = asyncio.Semaphore(PICTURES)
-        meters.queue.labels(name).set_function(lambda: self.thread.waiting)
+        meters.queue.labels(name).set_function(lambda: self.queue.waiting)
 
     def _count_batch(self, images: int, seconds: float) -> None:
         self._meters.batches.labels(self.name).observe(images)
@@ -76,7 +80,7 @@ class ServedModel:
     @property
     def ready(self) -> bool:
         """Whether the bundle is loaded."""
-        return self.thread.opened.done() and self.thread.opened.exception() is None
+        return self.queue.opened.done() and self.queue.opened.exception() is None
 
     def description(self) -> dict[str, Any]:
         """What clients may know of it."""
@@ -95,7 +99,7 @@ class ServedModel:
             "guidance": manifest.guidance,
             "precision": manifest.precision,
             "backend": manifest.backend,
-            "batch": self.thread.batch,
+            "batch": self.queue.batch,
         }
 
     # -------------------------------------------------------------------------------- planning
@@ -121,13 +125,13 @@ class ServedModel:
         """
         label, seed, sampling = self._common(asked)
         schedule = await self._schedule_of(asked.steps, None)
-        self.thread.check_room(asked.n)  # before a picture is read
+        self.queue.check_room(asked.n)  # before a picture is read
         async with self._pictures:
             image = await asked.image.read()
             mask = None if asked.mask is None else await asked.mask.read()
             prepare = await asyncio.to_thread(self._read_edit, asked, image, mask)
             try:
-                edit = await asyncio.wrap_future(self.thread.call(prepare))
+                edit = await asyncio.wrap_future(self.queue.call(prepare))
             except UserError as error:
                 raise refusal(error, "image", wrong=True) from error
         labels = [label] * asked.n
@@ -139,7 +143,7 @@ class ServedModel:
     def _read_edit(
         self, asked: EditForm, image: bytes, mask: bytes | None
     ) -> Callable[[Pipeline], Edit]:
-        """Reads what was uploaded, so that the model's thread need not."""
+        """Reads what was uploaded, so that the model's threads need not."""
         name = "image"
         try:
             picture = read_picture(io.BytesIO(image))
@@ -164,8 +168,13 @@ class ServedModel:
                 "image is to change; transparent parts of the image; box; or outpaint",
                 "mask",
             )
-        return lambda pipeline: pipeline.prepare_edit(
-            picture, new, box=box, outpaint=asked.outpaint, fit=asked.fit
+        return partial(
+            Pipeline.prepare_edit,
+            image=picture,
+            mask=new,
+            box=box,
+            outpaint=asked.outpaint,
+            fit=asked.fit,
         )
 
     def _common(self, asked: GenerationRequest | EditForm) -> tuple[int | None, int, Sampling]:
@@ -243,7 +252,7 @@ class ServedModel:
             loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
         due = steps_to_show(plan.schedule.steps, partials)
-        self.thread.submit(
+        self.queue.submit(
             [
                 Job(request, plan.schedule, client, partial(deliver, number), due)
                 for number, request in enumerate(plan.requests)

@@ -39,6 +39,13 @@ class ServeRequest:
     api_key: Path | None = None
     device: str | None = None
     threads: int | None = None
+    replicas: int | None = None
+    ray: bool = False
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether Ray Serve's replicas make the images."""
+        return self.ray or self.replicas is not None
 
     def check(self) -> dict[str, Bundle]:
         """The bundles by the names that clients call them.
@@ -51,6 +58,9 @@ class ServeRequest:
         checked("--batch", self.batch, Positive | None)
         checked("--max-wait", self.max_wait, Milliseconds)
         checked("--threads", self.threads, Threads | None)
+        checked("--replicas", self.replicas, Positive | None)
+        if self.on_ray and (self.device or "").startswith("cuda:"):
+            raise UserError(f"Ray gives each replica a GPU: --device cuda, not {self.device}")
         return named_bundles(self.bundles, self.batch)
 
     def keys(self) -> frozenset[bytes]:

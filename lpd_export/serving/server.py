@@ -1,4 +1,4 @@
-"""The process that serves: its socket, its models' threads, and how it ends.
+"""The process that serves: its socket, its models' queues, and how it ends.
 
 Knows uvicorn and signals. A first signal lets what has begun be finished, a second one does not.
 """
@@ -19,6 +19,8 @@ from PIL import Image
 
 from lpd_export.errors import UserError
 from lpd_export.serving.app import make_app
+from lpd_export.serving.batching import Makers
+from lpd_export.serving.making import InProcess
 from lpd_export.serving.metrics import Meters
 from lpd_export.serving.model import ServedModel
 from lpd_export.serving.request import ServeRequest
@@ -40,8 +42,28 @@ def serve(request: ServeRequest, say: Callable[[str], None]) -> None:
         UserError: if the request is wrong, the address is taken or a bundle cannot be run here.
     """
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
-    with contextlib.closing(listen(request.host, request.port)) as listener:
-        asyncio.run(Server(request, say).run_models(listener))
+    with (
+        contextlib.closing(listen(request.host, request.port)) as listener,
+        makers_of(request) as makers,
+    ):
+        asyncio.run(Server(request, makers, say).run_models(listener))
+
+
+@contextlib.contextmanager
+def makers_of(request: ServeRequest) -> Iterator[Makers]:
+    """Where batches are made: in this process, or by replicas.
+
+    Raises:
+        UserError: if Ray is wanted, but is missing or has too little.
+    """
+    bundles = list(request.check().values())
+    if not request.on_ray:
+        yield InProcess(request)
+        return
+    from lpd_export.serving.replicas import cluster
+
+    with cluster(request, bundles) as found:
+        yield found
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -65,16 +87,19 @@ class Server(uvicorn.Server):
 
     Args:
         request: what was asked.
+        makers: where batches are made.
         say: as `serve` takes it.
 
     Raises:
         UserError: if the request is wrong.
     """
 
-    def __init__(self, request: ServeRequest, say: Callable[[str], None]) -> None:
+    def __init__(self, request: ServeRequest, makers: Makers, say: Callable[[str], None]) -> None:
         bundles, keys, meters = request.check(), request.keys(), Meters()
+        self._makers = makers
         self.models = {
-            name: ServedModel(name, bundle, request, meters) for name, bundle in bundles.items()
+            name: ServedModel(name, bundle, request, makers, meters)
+            for name, bundle in bundles.items()
         }
         config = uvicorn.Config(
             make_app(self.models, keys, meters),
@@ -95,15 +120,15 @@ class Server(uvicorn.Server):
         host, port = listener.getsockname()[:2]
         self._say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
         for model in self.models.values():
-            model.thread.start()
+            model.queue.start()
         serving = asyncio.create_task(self.serve(sockets=[listener]))
-        opened = [asyncio.wrap_future(model.thread.opened) for model in self.models.values()]
+        opened = [asyncio.wrap_future(model.queue.opened) for model in self.models.values()]
         try:
-            for pipeline in opened:
-                await asyncio.wait((serving, pipeline), return_when=asyncio.FIRST_COMPLETED)
+            for maker in opened:
+                await asyncio.wait((serving, maker), return_when=asyncio.FIRST_COMPLETED)
                 if serving.done():
                     break
-                pipeline.result()
+                maker.result()
             else:
                 self._say(f"ready: {', '.join(self.models)}")
         finally:
@@ -111,13 +136,14 @@ class Server(uvicorn.Server):
                 self.stop()
             await serving
         for model in self.models.values():
-            await asyncio.to_thread(model.thread.join)
+            await asyncio.to_thread(model.queue.join)
 
     def stop(self) -> None:
         """Takes no more requests; `serve` returns when the begun ones are answered."""
         self.should_exit = True
+        self._makers.stop()
         for model in self.models.values():
-            model.thread.stop()
+            model.queue.stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:

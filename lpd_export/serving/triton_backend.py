@@ -18,11 +18,13 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils  # the server's own
 
+from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import Sampling
-from lpd_export.serving.batching import Client, Event, Finished, Job, ModelThread
+from lpd_export.serving.batching import Client, Event, Finished, Job, Maker, ModelQueue
+from lpd_export.serving.making import PipelineMaker
 from lpd_export.serving.triton_repository import BUNDLE
 
 
@@ -41,20 +43,21 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         threads = config["parameters"].get("threads")
         on_cpu = args["model_instance_kind"] == "CPU"
-        self._thread = ModelThread(
-            partial(
-                Pipeline.open,
-                Path(args["model_repository"]) / args["model_version"] / BUNDLE,
+        batch = config["max_batch_size"]
+        bundle = Bundle.open(Path(args["model_repository"]) / args["model_version"] / BUNDLE)
+
+        def load() -> Maker:
+            pipeline = Pipeline.open(
+                bundle.path,
                 device=None if on_cpu else f"cuda:{args['model_instance_device_id']}",
                 threads=threads and int(threads["string_value"]),
-            ),
-            batch=config["max_batch_size"],
-            max_queue=config["max_batch_size"],
-            max_wait=0,
-        )
-        self._thread.start()
-        pipeline = self._thread.opened.result()
-        self._manifest, self._schedule = pipeline.manifest, pipeline.choose_schedule(None)
+            )
+            return PipelineMaker(pipeline, batch)
+
+        self._queue = ModelQueue(load, batch=batch, max_queue=batch, max_wait=0)
+        self._queue.start()
+        self._queue.opened.result()
+        self._manifest, self._schedule = bundle.manifest, bundle.schedule()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answers a batch: a response to each request, with its images or why there are none."""
@@ -70,7 +73,7 @@ class TritonPythonModel:
             for row, image in enumerate(asked):
                 deliver = partial(self._deliver, events, number, row)
                 jobs.append(Job(image, self._schedule, Client(), deliver))
-        self._thread.submit(jobs)
+        self._queue.submit(jobs)
         for _ in jobs:
             number, row, event = events.get()
             answers[number][row] = event
@@ -78,8 +81,8 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Gives the bundle's memory back."""
-        self._thread.stop()
-        self._thread.join()
+        self._queue.stop()
+        self._queue.join()
 
     @staticmethod
     def _deliver(

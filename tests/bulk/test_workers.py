@@ -10,27 +10,10 @@ import pytest
 from PIL import Image
 from test_shards import content
 
-from commandline import answer, end, mistake, start, wait_for
+from commandline import answer, children, end, mistake, start, wait_for
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'lpd-export[ray]'")
 pytestmark = [pytest.mark.model, pytest.mark.slow]
-
-
-def children(root: int) -> dict[int, str]:
-    """All processes below one, with their command lines."""
-    parents, commands = {}, {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int(path.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
-            command = path.joinpath("cmdline").read_text()
-        except OSError:  # it has just ended
-            continue
-        parents[int(path.name)], commands[int(path.name)] = parent, command
-
-    def below(process: int) -> bool:
-        return process == root or (process in parents and below(parents[process]))
-
-    return {process: command for process, command in commands.items() if below(process)}
 
 
 def test_a_worker_that_is_killed_leaves_no_gap(small_bundle: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The queue and the model's thread: whose fault is whose, and what nobody waits for."""
+"""The queue of a model: whose fault is whose, and what nobody waits for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lpd_export import ImageRequest, Pipeline, UserError
-from lpd_export.serving.batching import Client, Event, Finished, Job, ModelThread, Partial
+from lpd_export.serving.batching import Client, Event, Finished, Job, ModelQueue, Partial
+from lpd_export.serving.making import PipelineMaker
 from lpd_export.serving.model import steps_to_show
 
 pytestmark = pytest.mark.model
@@ -22,8 +23,11 @@ def pipeline(small_bundle: Path) -> Pipeline:
 
 
 @pytest.fixture
-def thread(small_bundle: Path) -> Iterator[ModelThread]:
-    made = ModelThread(lambda: Pipeline.open(small_bundle, threads=1), 4, 16, max_wait=0.01)
+def waiting(small_bundle: Path) -> Iterator[ModelQueue]:
+    def load() -> PipelineMaker:
+        return PipelineMaker(Pipeline.open(small_bundle, threads=1), 4)
+
+    made = ModelQueue(load, 4, 16, max_wait=0.01)
     made.start()
     yield made
     made.stop()
@@ -37,10 +41,10 @@ def job(
     return Job(ImageRequest(label), schedule, client or Client(), events.put)
 
 
-def test_an_image_that_fails_fails_alone(thread: ModelThread, pipeline: Pipeline) -> None:
+def test_an_image_that_fails_fails_alone(waiting: ModelQueue, pipeline: Pipeline) -> None:
     events: list[queue.Queue[Event]] = [queue.Queue() for _ in range(3)]
     labels = [0, 5, 1]  # there is no class 5
-    thread.submit([job(pipeline, *pair) for pair in zip(labels, events, strict=True)])
+    waiting.submit([job(pipeline, *pair) for pair in zip(labels, events, strict=True)])
     first, wrong, last = (each.get(timeout=60) for each in events)
     assert isinstance(wrong, UserError)
     for label, event in ((0, first), (1, last)):
@@ -50,20 +54,20 @@ def test_an_image_that_fails_fails_alone(thread: ModelThread, pipeline: Pipeline
 
 
 def test_a_batch_that_nobody_waits_for_is_abandoned(
-    thread: ModelThread, pipeline: Pipeline
+    waiting: ModelQueue, pipeline: Pipeline
 ) -> None:
     client, events = Client(), queue.Queue[Event]()
     seen: list[Event] = []
 
     def deliver(event: Event) -> None:
         seen.append(event)
-        thread.leave(client)
+        waiting.leave(client)
 
     left = job(pipeline, 0, events, client)
     left.deliver, left.partial_steps = deliver, [1, 2, 3]
-    thread.submit([left, job(pipeline, 0, queue.Queue(), client)])
-    thread.call(lambda _: None).result(timeout=60)  # after the batch
-    thread.submit([job(pipeline, 2, events)])
+    waiting.submit([left, job(pipeline, 0, queue.Queue(), client)])
+    waiting.call(lambda _: None).result(timeout=60)  # after the batch
+    waiting.submit([job(pipeline, 2, events)])
     event = events.get(timeout=60)
     assert isinstance(event, Finished)
     np.testing.assert_array_equal(event.image.pixels, pipeline.generate([2], cfg=1)[0].pixels)

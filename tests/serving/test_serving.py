@@ -244,7 +244,7 @@ def test_requests_of_all_kinds_share_a_batch_and_keep_their_images(
         *pipeline.edit(photo, box=(0, 0, 8, 8), seed=1, classes=[1]),
     ]
     batches = metric(http, "lpd_batch_images_count")
-    waiting = served.server.models["small"].thread
+    waiting = served.server.models["small"].queue
     with ThreadPoolExecutor(8) as clients:
         with served.busy("small"):
             # The edit's tokens are made first, in front of all batches.
@@ -257,14 +257,14 @@ def test_requests_of_all_kinds_share_a_batch_and_keep_their_images(
 
 
 def test_a_full_queue_refuses_and_says_when(served: Running, http: httpx2.Client) -> None:
-    thread = served.server.models["small"].thread
+    queue = served.server.models["small"].queue
     with ThreadPoolExecutor(2) as clients:
         with served.busy("small"):
             waits = clients.submit(http.post, GENERATIONS, json={"prompt": "1", "n": 10})
-            until(lambda: thread.waiting == 10)
+            until(lambda: queue.waiting == 10)
             refused = http.post(GENERATIONS, json={"prompt": "1", "n": 7})
             rest = clients.submit(http.post, GENERATIONS, json={"prompt": "1", "n": 6})
-            until(lambda: thread.waiting == 16)
+            until(lambda: queue.waiting == 16)
             edit = {"files": {"image": b"of any kind"}, "data": {"box": "0,0,1,1"}}
             assert http.post(EDITS, **edit).status_code == 429  # type: ignore[arg-type]
         assert rest.result().status_code == 200
@@ -278,12 +278,12 @@ def test_a_full_queue_refuses_and_says_when(served: Running, http: httpx2.Client
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_is_dropped(served: Running, stream: bool) -> None:
-    thread = served.server.models["small"].thread
+    queue = served.server.models["small"].queue
     with served.busy("small"):
         body = {"prompt": "1", "n": 3, "stream": stream}
         with served.client() as client, pytest.raises(httpx2.ReadTimeout):
             client.post(GENERATIONS, json=body, timeout=0.3)
-        until(lambda: thread.waiting == 0)
+        until(lambda: queue.waiting == 0)
 
 
 # ------------------------------------------------------------------------------------ mistakes
@@ -467,8 +467,7 @@ def test_mistakes_of_the_command_are_told(
 @pytest.mark.slow
 def test_a_polite_kill_lets_what_has_begun_be_finished(emoji_bundle: Path) -> None:
     process = start("serve", emoji_bundle, "--port", 0, "--batch", 2, "--threads", 1)
-    assert process.stderr is not None
-    url = process.stderr.readline().split(" on ")[1].strip()
+    url = wait_for(process, "lpd-export: listening on ").split(" on ")[1].strip()
     wait_for(process, "lpd-export: ready: emoji32")
     with httpx2.Client(base_url=url, timeout=120) as http, ThreadPoolExecutor(2) as clients:
         begun = clients.submit(http.post, GENERATIONS, json={"prompt": "1", "n": 10})
