@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import exported
 from lpd_export.cli.main import main
 
 COMMAND = Path(sys.executable).with_name("lpd-export")
@@ -54,14 +55,17 @@ def start(
     *arguments: object,
     both: bool = False,
     env: Mapping[str, str] = os.environ,
+    exports: Path | None = None,
     **settings: object,
 ) -> subprocess.Popen[str]:
     """A command in a process of its own, its standard error to be read line by line.
 
-    `both` leads standard error to standard output, as `2>&1` does.
+    `both` leads standard error to standard output, as `2>&1` does. With a folder of `exports` a
+    build takes graphs from it, or leaves them there.
     """
+    command = [COMMAND] if exports is None else [sys.executable, exported.__file__, exports]
     return subprocess.Popen(
-        [str(COMMAND), *map(str, arguments)],
+        [str(word) for word in (*command, *arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if both else subprocess.PIPE,
         text=True,

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 # Before anything imports Triton, which looks at it once: its kernels run without a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import onnx_ir as ir
+import hypothesis
 import pytest
 import torch
-from filelock import FileLock
 
 import damage
+import exported
 from lpd_export.build.build import build
 from lpd_export.build.request import BuildRequest, read_recipe
-from lpd_export.bundle.manifest import GRAPH_NAMES
-from lpd_export.graphs import export
+from lpd_export.precision import calibration
 from lpd_reference import LPD, VQTokenizer
 from lpd_reference.lpd import LPDConfig
 from lpd_reference.vq import VQConfig
@@ -44,6 +44,9 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 
 def pytest_configure() -> None:
     """Gives each of as many workers as there are cores one for itself and what it starts."""
+    # A busy machine is no fault of what is tested.
+    hypothesis.settings.register_profile("patient", deadline=None)
+    hypothesis.settings.load_profile("patient")
     if not WORKER or not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -55,7 +58,8 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what takes a built bundle, and as unit tests all that bears no other mark."""
     for item in items:
-        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if MODEL_FIXTURES & {*getattr(item, "fixturenames", ()), *map(str, parameters)}:
             item.add_marker("model")
         if not any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker("unit")
@@ -78,49 +82,24 @@ def own_cache(shared_folder: Path) -> Iterator[Path]:
         yield shared_folder / "cache" / "lpd-export"
 
 
-@pytest.fixture(scope="session")
-def made_once(shared_folder: Path) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Gives a path in the shared folder, made by the first worker that asks for it."""
-
-    def make(name: str, write: Callable[[Path], object]) -> Path:
-        path = shared_folder / name
-        with FileLock(shared_folder / f"{name}.lock"):
-            if not path.exists():
-                write(path)
-        return path
-
-    return make
-
-
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
+@pytest.fixture(scope="session")
+def made_once(shared_folder: Path) -> MadeOnce:
+    """Gives a path in the shared folder, made by the first worker that asks for it."""
+    return partial(exported.made_once, shared_folder)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def exported_once(made_once: MadeOnce) -> Iterator[None]:
-    """The same weights are exported once a run, which is most of the time of a small build.
-
-    Commands in processes of their own export anew.
-    """
-
-    def once(name: str, export_anew: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
-        def exported(model: LPD | VQTokenizer, *grid: int) -> ir.Model:
-            key = hashlib.sha256(repr((model.config, grid)).encode())
-            for weight in model.state_dict().values():
-                key.update(weight.contiguous().numpy().data)
-
-            def write(folder: Path) -> None:
-                folder.mkdir()
-                export.write_models({name: export_anew(model, *grid)}, folder)
-
-            return ir.load(made_once(f"{name}-{key.hexdigest()}", write) / f"{name}.onnx")
-
-        return exported
-
-    with pytest.MonkeyPatch.context() as patch:
-        for graph in GRAPH_NAMES:
-            name = f"export_{graph}"
-            patch.setattr(export, name, once(graph, getattr(export, name)))
+def exported_once(shared_folder: Path) -> Iterator[None]:
+    """The same weights are exported once a run; `commandline.start` exports anew if not told."""
+    with exported.exported_once(shared_folder):
         yield
+
+
+FEW_ARE_MEASURED = mock.patch.object(calibration, "MOST_IMAGES", calibration.FEWEST_IMAGES)
+"""Small images of as many cells as large ones are measured in no greater number: 4, not 16."""
 
 
 def build_recipe(recipe: Path, out: Path, **settings: object) -> Path:
@@ -135,12 +114,14 @@ def emoji_bundle(made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+@FEW_ARE_MEASURED
 def emoji_fp16_bundle(made_once: MadeOnce) -> Path:
     """`emoji_bundle` in FP16; leave it as it is."""
     return made_once("emoji32-fp16", lambda out: build_recipe(EMOJI_RECIPE, out, precision="fp16"))
 
 
 @pytest.fixture(scope="session")
+@FEW_ARE_MEASURED
 def emoji_int8_bundle(made_once: MadeOnce) -> Path:
     """`emoji_bundle` in INT8; leave it as it is."""
     return made_once("emoji32-int8", lambda out: build_recipe(EMOJI_RECIPE, out, precision="int8"))
@@ -154,11 +135,11 @@ def demo_bundle(made_once: MadeOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_int8_bundle(made_once: MadeOnce) -> Path:
-    """The demo in INT8, its tokenizer's layers chosen, its transformer's not; leave it as it is."""
+    """The demo in INT8, the layers of its decoder of images chosen; leave it as it is."""
 
     def write(out: Path) -> None:
         kept = out.with_suffix(".json")
-        kept.write_text(json.dumps({"decode": ["head/MatMul"]}))
+        kept.write_text(json.dumps({"decode": ["head/MatMul"], "tokenize": []}))
         build_recipe(DEMO_RECIPE, out, precision="int8", keep_layers=str(kept))
 
     return made_once("demo-int8", write)

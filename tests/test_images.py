@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -146,7 +146,6 @@ def test_each_label_is_under_its_image() -> None:
 
 
 @given(st.text(st.characters(codec="latin-1"), max_size=120), st.integers(40, 300))
-@settings(deadline=None)
 def test_labels_are_wrapped_to_the_width(text: str, width: int) -> None:
     font = _font(14)
     lines = _wrapped(text, font, width, lines=2)
@@ -267,10 +266,13 @@ def steps_in_colours(steps: int, side: int) -> np.ndarray:
 def test_a_trace_is_drawn_step_by_step(steps: int, side: int, columns: int, cell: int) -> None:
     pictures = steps_in_colours(steps, side)
     drawing = np.asarray(draw_trace(pictures, np.full(steps, 3), "a title"))
-    codes = drawing @ np.array((1 << 16, 1 << 8, 1))
+    codes = (drawing @ np.array((1 << 16, 1 << 8, 1))).ravel()
+    by_code = np.argsort(codes, kind="stable")
     lefts, tops = [], []
     for picture in pictures:
-        rows, across = np.nonzero(codes == picture[0, 0] @ (1 << 16, 1 << 8, 1))
+        code = picture[0, 0] @ (1 << 16, 1 << 8, 1)
+        start, end = np.searchsorted(codes, [code, code + 1], sorter=by_code)
+        rows, across = np.unravel_index(by_code[start:end], drawing.shape[:2])
         assert len(rows) == cell**2
         assert np.ptp(rows) == np.ptp(across) == cell - 1
         tops.append(int(rows.min()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import operator
 import re
@@ -112,6 +113,7 @@ def resolve_class(text: str | int | None, names: ClassNames, num_classes: int) -
     raise UserError(f"there is no class {text!r}{_suggestion(wanted, names, num_classes)}")
 
 
+@functools.cache  # a thousand names are compared with every word of a user
 def _normal(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 

@@ -223,7 +223,6 @@ def outputs(seed: int, error: float = 0.0) -> dict[str, NDArray[Any]]:
 
 
 @given(st.integers(0, 1000), st.floats(1e-6, 2))
-@settings(deadline=None)
 def test_polygraphy_measures_what_numpy_does(seed: int, error: float) -> None:
     expected, actual = outputs(seed), outputs(seed, error)
     actual[LEFT_ALONE] = np.array([0.0, error], np.float32)
@@ -482,7 +481,7 @@ def run_phases(model: LPD, task: Task, token_ids: NDArray[np.int64], noise: floa
 
 
 @given(st.integers(1, 16), st.sampled_from([1.0, 3.5]), st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_phase_by_phase_the_reference_is_its_teacher_forced_pass(
     golden_model: LPD, steps: int, cfg: float, seed: int
 ) -> None:
@@ -506,7 +505,7 @@ def test_phase_by_phase_the_reference_is_its_teacher_forced_pass(
 
 
 @given(st.integers(1, 16), st.sampled_from([1.0, 3.5]), st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_reference_writes_its_rows_and_leaves_the_others(
     golden_model: LPD, steps: int, cfg: float, seed: int
 ) -> None:

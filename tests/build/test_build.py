@@ -97,8 +97,8 @@ def test_a_build_leaves_the_bundle_alone(small_bundle: Path) -> None:
     ]
 
 
-def test_a_recipe_with_options_over_it(small_weights: Path, tmp_path: Path) -> None:
-    shutil.copytree(small_weights, tmp_path / "weights")
+def test_a_recipe_with_options_over_it(lifelike_weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(lifelike_weights, tmp_path / "weights")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/wide.toml").write_text(
         """
@@ -549,8 +549,10 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
-def test_a_disk_that_fills_up(weights: list[object], tmp_path: Path) -> None:
-    said = end(start("build", *weights, "--out", tmp_path / "a/b", preexec_fn=limit_file_size))
+@pytest.mark.usefixtures("small_bundle")  # its graphs are exported
+def test_a_disk_that_fills_up(weights: list[object], shared_folder: Path, tmp_path: Path) -> None:
+    command = ["build", *weights, "--out", tmp_path / "a/b"]
+    said = end(start(*command, exports=shared_folder, preexec_fn=limit_file_size))
     assert sentence(said).startswith(f"cannot write {tmp_path / 'a/b'}: ")
     assert entries(tmp_path) == []
 
@@ -684,9 +686,15 @@ def test_a_failure_in_the_middle_leaves_nothing(
     ],
 )
 def test_a_stopped_build_leaves_nothing(
-    weights: list[object], tmp_path: Path, stage: str, signals: list[signal.Signals]
+    weights: list[object],
+    shared_folder: Path,
+    tmp_path: Path,
+    stage: str,
+    signals: list[signal.Signals],
 ) -> None:
-    process = start("build", *weights, "--out", tmp_path / "a/b")
+    # What stops in the exporter must be in it; what stops after it need not have been.
+    exports = shared_folder if stage == "comparing" else None
+    process = start("build", *weights, "--out", tmp_path / "a/b", exports=exports)
     wait_for(process, stage)
     for number in signals:
         process.send_signal(number)
@@ -713,10 +721,11 @@ def test_a_build_in_the_background_can_be_ended(weights: list[object], tmp_path:
     assert entries(tmp_path) == []
 
 
-def test_after_a_killed_build(weights: list[object], tmp_path: Path) -> None:
+def test_after_a_killed_build(weights: list[object], shared_folder: Path, tmp_path: Path) -> None:
     command = ["build", *weights, "--out", tmp_path / "bundle"]
-    killed = start(*command)
+    killed = start(*command, exports=shared_folder)
     wait_for(killed, "exporting detokenize")
+    killed.send_signal(signal.SIGSTOP)
     refused = answer(*command)
     assert "another build is writing" in sentence(refused)
     killed.kill()

@@ -273,7 +273,7 @@ def test_heads_without_a_fused_kernel_are_refused(
     )
     assert "dedicated kernel" in (tmp_path / "log").read_text()
     # The sentence is true: just within what it names, the same model is fused.
-    within = graphs("2x64" if heads == 1 else "2x256", precision)
+    within = graphs("wide" if heads == 1 else "2x256", precision)
     compile_file(within / "decode.onnx", tmp_path)
 
 

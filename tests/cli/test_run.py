@@ -478,7 +478,7 @@ def test_a_folder_that_turns_out_unwritable(
 
 # ------------------------------------------------------------------------- runs that do not end
 
-MANY = ["--class", "all", "-n", 80, "--batch", 2, "--seed", 4]
+MANY = ["--class", "all", "-n", 30, "--batch", 2, "--seed", 4]
 
 
 @pytest.fixture(scope="module")
@@ -506,9 +506,9 @@ def test_a_stopped_run_goes_on(
     said = end(process)
     assert said.code == 130, said
     rows = records(out)
-    assert 0 < len(rows) < 400
+    assert 0 < len(rows) < 150
     assert said.err.splitlines()[-1] == (
-        f"lpd-export: interrupted: {len(rows)} of 400 images are in {out}, the same command "
+        f"lpd-export: interrupted: {len(rows)} of 150 images are in {out}, the same command "
         "makes the rest"
     )
     assert "Traceback" not in said.err
@@ -519,12 +519,12 @@ def test_a_stopped_run_goes_on(
     assert set(entries(out)) == {RECORDS, *pictures(out)}
 
     resumed = answer("run", small_bundle, *MANY, "--out", out, "--json")
-    assert json.loads(resumed.out)["made"] == 400 - len(rows)
+    assert json.loads(resumed.out)["made"] == 150 - len(rows)
     assert_same(out, uninterrupted)
 
 
 def test_a_run_that_is_stopped_before_its_first_image(small_bundle: Path, tmp_path: Path) -> None:
-    process = start("run", small_bundle, *MANY, "--batch", 400, "--out", tmp_path / "a/images")
+    process = start("run", small_bundle, *MANY, "--batch", 150, "--out", tmp_path / "a/images")
     wait_for(process, "generating")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -551,38 +551,28 @@ def test_a_killed_run_goes_on(small_bundle: Path, tmp_path: Path, uninterrupted:
     assert_same(out, uninterrupted)
 
 
-FEWER = ["--class", "all", "-n", 30, "--batch", 2, "--seed", 4]
-
-
-@pytest.fixture(scope="module")
-def fewer(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "fewer"
-    run(small_bundle, out, *FEWER)
-    return out
-
-
 def test_two_runs_do_not_write_to_one_folder(
-    small_bundle: Path, tmp_path: Path, fewer: Path
+    small_bundle: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     out = tmp_path / "images"
-    process = start("run", small_bundle, *FEWER, "--out", out)
+    process = start("run", small_bundle, *MANY, "--out", out)
     wait_for(process, "images ")
-    said = mistake("run", small_bundle, *FEWER, "--out", out)
+    said = mistake("run", small_bundle, *MANY, "--out", out)
     assert said == (f"another run is writing to {out}: wait for it to end, or choose another --out")
     assert process.poll() is None  # it was told while the other ran
     assert end(process).code == 0
-    assert_same(out, fewer)
+    assert_same(out, uninterrupted)
 
 
 def test_of_two_runs_that_start_together_one_goes_on(
-    small_bundle: Path, tmp_path: Path, fewer: Path
+    small_bundle: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     out = tmp_path / "a/images"
-    processes = [start("run", small_bundle, *FEWER, "--out", out) for _ in range(2)]
+    processes = [start("run", small_bundle, *MANY, "--out", out) for _ in range(2)]
     answers = sorted((end(process) for process in processes), key=lambda said: said.code)
     assert [said.code for said in answers] == [0, 2], answers
     assert str(out) in sentence(answers[1])
-    assert_same(out, fewer)
+    assert_same(out, uninterrupted)
 
 
 def test_a_lock_that_a_kill_left_is_no_obstacle(small_bundle: Path, tmp_path: Path) -> None:
@@ -618,12 +608,12 @@ def test_a_run_inside_a_run_is_told_too(small_bundle: Path, tmp_path: Path) -> N
 
 
 def test_a_resumed_run_saves_the_tokens_of_all_images(
-    small_bundle: Path, tmp_path: Path, fewer: Path
+    small_bundle: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    expected = np.array([row["token_ids"] for row in records(fewer)])
+    expected = np.array([row["token_ids"] for row in records(uninterrupted)])
     assert expected.shape == (150, 16)
     out, tokens = tmp_path / "images", tmp_path / "ids.npy"
-    process = start("run", small_bundle, *FEWER, "--out", out, "--save-tokens", tokens)
+    process = start("run", small_bundle, *MANY, "--out", out, "--save-tokens", tokens)
     wait_for(process, "images ")
     process.send_signal(signal.SIGINT)
     said = end(process)
@@ -631,12 +621,12 @@ def test_a_resumed_run_saves_the_tokens_of_all_images(
     assert not tokens.exists()
     earlier = records(out)
     assert 0 < len(earlier) < 150
-    run(small_bundle, out, *FEWER, "--save-tokens", tokens)
+    run(small_bundle, out, *MANY, "--save-tokens", tokens)
     assert np.load(tokens).dtype == np.int64
     assert (np.load(tokens) == expected).all()
-    assert_same(out, fewer)
+    assert_same(out, uninterrupted)
     # A run that saved none has them too.
-    run(small_bundle, out, *FEWER, "--save-tokens", out / "later.npy")
+    run(small_bundle, out, *MANY, "--save-tokens", out / "later.npy")
     assert (np.load(out / "later.npy") == expected).all()
 
 

@@ -39,7 +39,7 @@ SETS = st.tuples(st.integers(2, 40), st.integers(2, 40), st.integers(1, 12), st.
 
 
 @given(SETS)
-@hypothesis_settings(deadline=None, max_examples=50)
+@hypothesis_settings(max_examples=50)
 def test_no_distance_to_itself(sizes: tuple[int, int, int, int]) -> None:
     count, _, features, seed = sizes
     samples = noise(count, features, seed=seed)
@@ -48,7 +48,7 @@ def test_no_distance_to_itself(sizes: tuple[int, int, int, int]) -> None:
 
 
 @given(SETS, st.floats(-5, 5))
-@hypothesis_settings(deadline=None, max_examples=50)
+@hypothesis_settings(max_examples=50)
 def test_shifted_sets_are_as_far_as_their_means(
     sizes: tuple[int, int, int, int], shift: float
 ) -> None:
@@ -60,7 +60,7 @@ def test_shifted_sets_are_as_far_as_their_means(
 
 
 @given(SETS)
-@hypothesis_settings(deadline=None, max_examples=50)
+@hypothesis_settings(max_examples=50)
 def test_distance_is_symmetric_and_not_negative(sizes: tuple[int, int, int, int]) -> None:
     count_a, count_b, features, seed = sizes
     a, b = noise(count_a, features, seed=seed), 2 * noise(count_b, features, seed=seed + 1) + 1

@@ -240,7 +240,7 @@ def test_the_teacher_forcing_mask_is_the_rule(sizes: list[int]) -> None:
     st.sampled_from([1.0, 0.0, 2.5, 6.0]),
     st.sampled_from(["linear", "constant"]),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_decoding_step_by_step_is_the_teacher_forced_pass(
     grid_and_sizes: tuple[int, list[int]], seed: int, cfg: float, guidance: GuidanceSchedule
 ) -> None:
@@ -269,7 +269,7 @@ def test_a_cache_keeps_context_and_no_queries() -> None:
 
 
 @given(partitions(9).filter(lambda sizes: len(sizes) > 1), seeds, st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_tokens_are_seen_by_later_groups_alone(
     sizes: list[int], seed: int, data: st.DataObject
 ) -> None:
@@ -289,7 +289,7 @@ def test_tokens_are_seen_by_later_groups_alone(
 
 
 @given(partitions(9).filter(lambda sizes: max(sizes[:-1], default=0) > 1), seeds, st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_queries_of_a_step_see_each_other(sizes: list[int], seed: int, data: st.DataObject) -> None:
     """Moves one query to a cell of a later group: its mates notice, earlier steps do not."""
     model = lively_model(seed % 7)
@@ -309,7 +309,7 @@ def test_queries_of_a_step_see_each_other(sizes: list[int], seed: int, data: st.
 
 
 @given(partitions(9), seeds)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_order_within_a_group_does_not_matter(sizes: list[int], seed: int) -> None:
     model = lively_model(seed % 7)
     orders, tokens = random_orders(1, 9, seed), random_integers(VOCABULARY, (1, 9), seed)

@@ -304,7 +304,7 @@ def random_logits(seed: int, shape: tuple[int, ...], spread: float) -> Tensor:
     return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**31),
     spread=st.sampled_from([0.01, 1.0, 5.0, 50.0]),

@@ -123,7 +123,7 @@ def test_each_picture_is_decoded_where_it_is_filled_and_blank_elsewhere(
 
 
 @given(step=st.integers(0, 18), seed=st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 def test_tokens_of_later_steps_show_in_no_picture(
     pipeline: Pipeline, images: list[GeneratedImage], step: int, seed: int
 ) -> None:

@@ -110,7 +110,7 @@ def _small_blocks() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**31),
     kind=st.sampled_from(KINDS + IMPOSSIBLE),

@@ -104,7 +104,6 @@ def test_impossible_group_sizes(cells: int, steps: Any, message: str) -> None:
 
 
 @given(grids_and_steps, st.sampled_from(KINDS), st.integers(0, 2**64 - 1), st.integers(0, 5))
-@settings(deadline=None)
 def test_every_order_is_a_permutation(
     grid_and_steps: tuple[int, int], kind: str, seed: int, repulsion: int
 ) -> None:
@@ -121,7 +120,7 @@ def test_every_order_is_a_permutation(
     st.integers(0, 4),
     st.sampled_from([0.0, 0.7, 1.0, 1.5, 2.5, 9.0]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_locality_orders_obey_the_rules_step_by_step(
     sizes: list[int], seed: int, repulsion: int, proximity: float
 ) -> None:
@@ -176,7 +175,7 @@ def replay_locality(
 
 
 @given(size_lists, st.integers(0, 2**32), st.integers(0, 4), st.floats(0, 1), st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_edit_orders_have_the_kept_cells_first_and_grow_from_them(
     sizes: list[int], seed: int, repulsion: int, share: float, locality: bool
 ) -> None:
@@ -217,7 +216,6 @@ def test_edit_orders_do_not_change_between_versions() -> None:
 
 
 @given(grids_and_steps, st.integers(0, 1000), st.integers(0, 4))
-@settings(deadline=None)
 def test_cells_picked_by_proximity_repel_each_other(
     grid_and_steps: tuple[int, int], seed: int, repulsion: int
 ) -> None:
@@ -353,7 +351,6 @@ def test_phases_write_the_cache_from_the_first_row_to_the_last(sizes: list[int])
 
 
 @given(size_lists, st.sampled_from([-math.inf, -1e4, -1.0]))
-@settings(deadline=None)
 def test_masks_show_what_the_rule_allows(sizes: list[int], masked: float) -> None:
     """Runs a cache of labels through the phases and asks of every row who may see it."""
     cells = sum(sizes)
@@ -395,7 +392,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(grids_and_steps, st.sampled_from(KINDS), st.integers(0, 2**64 - 1), st.integers(0, 4))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_saved_schedule_loads_unchanged(
     folder: Path, grid_and_steps: tuple[int, int], kind: str, seed: int, repulsion: int
 ) -> None:
@@ -576,7 +573,7 @@ def test_foreign_and_truncated_files(tmp_path: Path, content: bytes, message: st
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_a_damaged_npz_is_told_or_harmless(folder: Path, data: st.DataObject) -> None:
     path = folder / "damaged.npz"
     whole = Schedule.make(4, 5, count=2)
