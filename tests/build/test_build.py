@@ -97,8 +97,11 @@ def test_a_build_leaves_the_bundle_alone(small_bundle: Path) -> None:
     ]
 
 
-def test_a_recipe_with_options_over_it(lifelike_weights: Path, tmp_path: Path) -> None:
+def test_a_recipe_with_options_over_it(
+    lifelike_weights: Path, small_weights: Path, tmp_path: Path
+) -> None:
     shutil.copytree(lifelike_weights, tmp_path / "weights")
+    shutil.copy(small_weights / "classes.json", tmp_path / "weights")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/wide.toml").write_text(
         """
