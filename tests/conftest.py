@@ -63,6 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("model")
         if not any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker("unit")
+    # The longest first: what is begun last, one worker does alone.
+    items.sort(key=lambda item: "demo_bundle" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

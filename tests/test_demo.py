@@ -24,6 +24,7 @@ from lpd_export.evaluation.classifier import load
 from lpd_export.evaluation.request import CLASSIFIER, STATISTICS, EvaluateRequest
 from lpd_export.evaluation.statistics import read_statistics
 from lpd_export.files import sha256
+from lpd_export.runtime.requests import GeneratedImage
 from training.data import to_signed
 
 ROOT = Path(__file__).parents[1]
@@ -34,15 +35,25 @@ CLAIMS_PAGE = ROOT / "docs" / "claims.md"
 MEGABYTE = 10**6
 
 
-def test_it_draws_what_it_is_asked_for(demo_bundle: Path) -> None:
+@pytest.fixture(scope="module")
+def exact(demo_bundle: Path) -> Pipeline:
+    return Pipeline.open(demo_bundle)
+
+
+@pytest.fixture(scope="module")
+def images(exact: Pipeline) -> list[GeneratedImage]:
+    """Two of each class."""
+    return exact.generate(2 * [*range(exact.manifest.model.num_classes)], seed=0, batch=5)
+
+
+def test_it_draws_what_it_is_asked_for(images: list[GeneratedImage]) -> None:
     """The classifier sees the class that was asked for, not much less often than in real images."""
     judge = load(MODEL / "classifier.safetensors")
-    classes = list(range(len(judge.class_names)))
-    images = Pipeline.open(demo_bundle).generate(2 * classes, seed=0, batch=5)
     pixels = np.stack([image.pixels for image in images])
     with torch.inference_mode():
         seen = judge.logits(to_signed(torch.from_numpy(pixels))).argmax(dim=1)
-    accuracy = float((seen == torch.tensor(2 * classes)).double().mean())
+    asked_for = torch.tensor([image.request.label for image in images])
+    accuracy = float((seen == asked_for).double().mean())
     measured = next(
         row.accuracy
         for row in claims_results.Claims.read(MODEL / "claims.json").rows
@@ -53,13 +64,15 @@ def test_it_draws_what_it_is_asked_for(demo_bundle: Path) -> None:
     assert accuracy > 0.4
 
 
-def test_int8_decodes_the_same_images(demo_bundle: Path, demo_int8_bundle: Path) -> None:
+def test_int8_decodes_the_same_images(
+    exact: Pipeline, images: list[GeneratedImage], demo_int8_bundle: Path
+) -> None:
     """The worst of many images, of classes that no calibration saw, is what verify asks for."""
     limit = LIMITS["int8"]["image_psnr"]
-    exact, quantized = Pipeline.open(demo_bundle), Pipeline.open(demo_int8_bundle)
+    quantized = Pipeline.open(demo_int8_bundle)
     decisions = Bundle.open(demo_int8_bundle).manifest.calibration["quantization"]
     assert len(decisions["detokenize"]["kept"]) < decisions["detokenize"]["layers"] / 2
-    for image in exact.generate(2 * list(range(25)), seed=1, batch=5):
+    for image in images:
         token_ids = image.token_ids[None]
         assert image_psnr(exact.detokenize(token_ids), quantized.detokenize(token_ids)) >= limit
 

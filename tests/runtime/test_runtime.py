@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,12 +41,25 @@ pytestmark = pytest.mark.model
 MODELS = Path(__file__).parents[1] / "data" / "lpd-emoji32"
 
 
-def make_generator(folder: Path, model: LPD, tokenizer: VQTokenizer, sizes: list[int]) -> Generator:
+def make_generator(
+    folder: Path,
+    model: LPD,
+    tokenizer: VQTokenizer,
+    sizes: list[int],
+    nan: Mapping[str, int] | None = None,
+) -> Generator:
+    """`nan` names a row of weights of the decode graph that is to be broken."""
     config = model.config
     models = {
         "decode": export.export_decode(model),
         "detokenize": export.export_detokenize(tokenizer, config.grid),
     }
+    for name, row in (nan or {}).items():
+        weight = models["decode"].graph.initializers[name]
+        assert weight.const_value is not None
+        content = weight.const_value.numpy().copy()
+        content[row] = np.nan
+        weight.const_value = ir.tensor(content, name=name)
     export.write_models(models, folder)
     executor = OnnxRuntimeExecutor({name: folder / f"{name}.onnx" for name in models})
     resolution = config.grid * tokenizer.config.stride
@@ -407,10 +421,9 @@ def test_nan_is_noticed_and_named(tmp_path: Path) -> None:
     model, expect = golden.lpd(vectors), vectors.expect
     # Reached only by a step that looks at this cell.
     cell = int(expect["orders"][0, 5])
-    model.pos_embed[0, cell + 1] = torch.nan
     tokenizer = golden.tokenizer(golden.read("vq_f4"))
     sizes = vectors.config["group_sizes"]
-    generator = make_generator(tmp_path, model, tokenizer, sizes)
+    generator = make_generator(tmp_path, model, tokenizer, sizes, {"pos_embed": cell + 1})
     orders = expect["orders"][:1]
     uniform = torch.zeros(orders.shape, dtype=torch.float64)
     step = next(p.index + 1 for p in phase_table(sizes) if p.first_cell + p.queries > 5)
@@ -422,9 +435,10 @@ def test_nan_does_not_stay_for_the_next_generation(tmp_path: Path) -> None:
     """Class 1 is broken, class 0 is not."""
     vectors = golden.read("lpd_grid4")
     model, expect = golden.lpd(vectors), vectors.expect
-    model.class_emb.weight.data[1] = torch.nan
     tokenizer = golden.tokenizer(golden.read("vq_f4"))
-    generator = make_generator(tmp_path, model, tokenizer, vectors.config["group_sizes"])
+    broken = {"embedding": model.config.vocab_size + 1}
+    sizes = vectors.config["group_sizes"]
+    generator = make_generator(tmp_path, model, tokenizer, sizes, broken)
     orders = expect["orders"][:1]
     uniform = torch.zeros(orders.shape, dtype=torch.float64)
     before = generator.generate([0], orders, uniform, [Sampling()])[0].clone()
