@@ -2,6 +2,7 @@
 
     python scripts/load.py engines/demo --batch 4 --out build/load
     python scripts/load.py engines/demo --seconds 10 --turn 2 --clients 8
+    python scripts/load.py engines/demo --replicas 2
 
 Starts `lpd-export serve` and measures, in turns with `bench` where it is compared with it: how long
 until it is ready; a lone request; the images a second of clients who ask again as soon as they are
@@ -71,6 +72,7 @@ class Answered(NamedTuple):
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--batch", default=4, show_default=True)
 @click.option("--threads", type=int, help="Of a CPU.  [default: the physical cores]")
+@click.option("--replicas", type=int, help="On Ray Serve; CPU and memory are then not all of it.")
 @click.option("--clients", default=64, show_default=True)
 @click.option("--seconds", default=60.0, show_default=True, help="Of mixed requests.")
 @click.option("--turn", default=20.0, show_default=True, help="Seconds of everything else at once.")
@@ -79,13 +81,14 @@ def main(
     bundle: Path,
     batch: int,
     threads: int | None,
+    replicas: int | None,
     clients: int,
     seconds: float,
     turn: float,
     out: Path,
 ) -> None:
     """Measures a server of BUNDLE, and fails if an image is not run's."""
-    found = measure(bundle, batch, threads, clients, seconds, turn)
+    found = measure(bundle, batch, threads, replicas, clients, seconds, turn)
     out.mkdir(parents=True, exist_ok=True)
     (out / "load.json").write_text(json.dumps(found, indent=1))
     draw(found, out / "load.png")
@@ -96,11 +99,17 @@ def main(
 
 
 def measure(
-    bundle: Path, batch: int, threads: int | None, clients: int, seconds: float, turn: float
+    bundle: Path,
+    batch: int,
+    threads: int | None,
+    replicas: int | None,
+    clients: int,
+    seconds: float,
+    turn: float,
 ) -> dict[str, Any]:
     """All figures."""
     with (
-        served(bundle, batch, threads) as (url, ready),
+        served(bundle, batch, threads, replicas) as (url, ready),
         Pipeline.open(bundle, threads=threads) as pipeline,
     ):
         bench = BundleContender("bench", pipeline)
@@ -113,6 +122,7 @@ def measure(
     return {
         "bundle": str(bundle),
         "batch": batch,
+        "replicas": replicas,
         "clients": clients,
         "ready_seconds": ready,
         "lone": lone,
@@ -123,19 +133,20 @@ def measure(
 
 
 @contextlib.contextmanager
-def served(bundle: Path, batch: int, threads: int | None) -> Iterator[tuple[str, float]]:
+def served(
+    bundle: Path, batch: int, threads: int | None, replicas: int | None
+) -> Iterator[tuple[str, float]]:
     """A server in a process of its own: where it is, and after how many seconds it was ready."""
     command = [str(Path(sys.executable).with_name("lpd-export")), "serve", str(bundle)]
     command += ["--port", "0", "--batch", str(batch)]
+    for option, value in (("--threads", threads), ("--replicas", replicas)):
+        command += [option, str(value)] if value else []
     begun = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, *(["--threads", str(threads)] if threads else [])],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
-        said = list(itertools.islice(process.stderr, 2))
+        ours = (line for line in process.stderr if line.startswith("lpd-export: "))
+        said = list(itertools.islice(ours, 2))
         if len(said) < 2:
             raise click.ClickException("".join(said))
         yield said[0].split(" on ")[1].strip(), time.perf_counter() - begun

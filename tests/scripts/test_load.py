@@ -11,7 +11,7 @@ from load import draw, measure, report
 
 @pytest.mark.slow
 def test_a_server_is_measured(small_bundle: Path, tmp_path: Path) -> None:
-    found = measure(small_bundle, batch=4, threads=1, clients=6, seconds=3, turn=0.5)
+    found = measure(small_bundle, batch=4, threads=1, replicas=None, clients=6, seconds=3, turn=0.5)
     mixed = found["mixed"]
     assert mixed["images"] >= mixed["requests"] > 0
     assert mixed["other_images"] == mixed["errors"] == 0
