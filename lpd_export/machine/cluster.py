@@ -53,18 +53,23 @@ def ray_session(ray: Any, cpus: int | None) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "")
-    of_machine = {} if address else {"include_dashboard": False, "num_cpus": cpus}
+    # "local", or Ray would join a cluster that somebody else has started on this machine.
+    of_machine = {"address": "local", "include_dashboard": False, "num_cpus": cpus}
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host and port.isdigit():  # Ray itself takes minutes to give up
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **of_machine)
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else of_machine),
+        )
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         if not address:
             raise
         raise UserError(
-            f"no Ray answers at RAY_ADDRESS={address}: start it there with `ray start --head`, or "
-            "unset RAY_ADDRESS to use this machine alone"
+            f"no Ray answers at RAY_ADDRESS={address}: start it there with `ray start --head`, "
+            "give its RAY_AUTH_TOKEN if it has one, or unset RAY_ADDRESS to use this machine alone"
         ) from error
     try:
         yield
