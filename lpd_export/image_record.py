@@ -1,4 +1,4 @@
-"""The record that a run keeps of an image, a line of images.jsonl: its type, and its bounds.
+"""What a run records of an image, a line of images.jsonl or failures.jsonl: types, and bounds.
 
 Does not know files or how images are made.
 """
@@ -65,3 +65,21 @@ class Record(TypedDict):
 
 
 RECORD = TypeAdapter(Record)
+
+
+@with_config(STRICT)
+class Failure(TypedDict):
+    """A line of failures.jsonl: which image could not be made, and why."""
+
+    position: Position
+    index: Seed
+    seed: Seed
+    class_id: Annotated[int, Field(ge=0)] | None
+    class_name: str
+    step: int
+    """The first is 1."""
+    phase: int
+    error: str
+
+
+FAILURE = TypeAdapter(Failure)

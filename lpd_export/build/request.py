@@ -26,7 +26,7 @@ from pydantic import (
 
 from lpd_export.bounds import STRICT, Cfg, GuidanceSchedule, Seed, in_words
 from lpd_export.errors import UserError
-from lpd_export.files import read_file
+from lpd_export.files import inside, read_file
 from lpd_export.formats import BACKENDS, ONNXRUNTIME, PRECISIONS
 
 PATHS = (
@@ -35,9 +35,10 @@ PATHS = (
     "classes",
     "schedule",
     "keep_layers",
-    "timing_cache",
-    "out",
 )
+"""What a recipe reads, from where it says."""
+WRITTEN = ("timing_cache", "out")
+"""What a recipe writes, in its own folder."""
 HUB_PREFIX = "hf:"
 MOST_BYTES = 2**14
 """Of a recipe: reading TOML takes time with the square of a key's length."""
@@ -162,11 +163,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise UserError(f"{where}: there is no setting {key!r}; there are {known()}")
     values = {name: entries[key] for name, key in keys.items()}
     request = BuildRequest.model_validate(values, context=written)
-    settings = {"out": path.stem, **request.model_dump(exclude_unset=True)}
+    settings = request.model_dump(exclude_unset=True)
     for name in PATHS:
         if name in settings and not settings[name].startswith(HUB_PREFIX):
             settings[name] = str(path.parent / settings[name])
-    return settings
+    for name in WRITTEN:
+        if name in settings:
+            try:
+                settings[name] = str(inside(path.parent, settings[name]))
+            except UserError as error:
+                raise UserError(f"{written(name)}: {error}") from error
+    return {"out": str(path.parent / path.stem), **settings}
 
 
 def _line_of(key: str, text: str) -> int:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from lpd_export.bulk.containers import Container, Pixels
 from lpd_export.bulk.plan import Positions, Record
 from lpd_export.errors import UserError
 from lpd_export.files import rename_for_good, sync
-from lpd_export.image_record import RECORD
+from lpd_export.image_record import FAILURE, RECORD
 from lpd_export.run_request import RECORDS
 
 FAILURES = "failures.jsonl"
@@ -144,19 +144,12 @@ class ImageFolder:
     def _read_failures(self, keep_going: bool) -> None:
         path = self.out / FAILURES
         for number, start, line in whole_lines(path):
-            try:
-                failure = json.loads(line)
-                place = self._known(failure["position"], f"{path}, line {number}")
-                reason = failure["error"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{path}, line {number}: not a failure that `lpd-export run` recorded; choose "
-                    "another --out"
-                ) from error
+            failure = read_record(line, f"{path}, line {number}", FAILURE)
+            place = self._known(failure["position"], f"{path}, line {number}")
             if not keep_going:
                 raise UserError(
-                    f"{path}, line {number}: {reason}; go on without such images by --keep-going, "
-                    "or choose another --out"
+                    f"{path}, line {number}: {failure['error']}; go on without such images by "
+                    "--keep-going, or choose another --out"
                 )
             self._failed[place] = True
             self._failures_end = start + len(line) + 1
@@ -311,10 +304,10 @@ def whole_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 start += len(line)
 
 
-def read_record(line: bytes, where: str) -> Record:
-    """A line of images.jsonl. Raises UserError if it is none."""
+def read_record(line: bytes, where: str, kind: TypeAdapter[Any] = RECORD) -> Record:
+    """A line of images.jsonl, or of failures.jsonl. Raises UserError if it is none."""
     try:
-        return dict(RECORD.validate_json(line))
+        return dict(kind.validate_json(line))
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

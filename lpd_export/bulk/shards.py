@@ -23,6 +23,7 @@ from lpd_export.bulk.folder import FAILURES, ImageFolder, Made, read_record, who
 from lpd_export.bulk.plan import Plan, Positions, Record, stem
 from lpd_export.errors import UserError
 from lpd_export.files import write_atomically
+from lpd_export.image_record import FAILURE, RECORD
 from lpd_export.run_request import RECORDS, SHARD, ImageFormat, RunRequest
 
 OF = "shard.json"
@@ -136,12 +137,13 @@ class Shard:
         for name in (RECORDS, FAILURES):
             for number, start, line in whole_lines(path / name):
                 where = f"{path / name}, line {number}"
-                position = (read_record(line, where) if name == RECORDS else json.loads(line))[
-                    "position"
-                ]
-                self._starts[position - self._first] = start
+                kind = RECORD if name == RECORDS else FAILURE
+                place = read_record(line, where, kind)["position"] - self._first
+                if not 0 <= place < len(positions):
+                    raise UserError(f"{where}: image {place + self._first} is not of this shard")
+                self._starts[place] = start
                 if name == RECORDS:
-                    self._rows[position - self._first] = number - 1
+                    self._rows[place] = number - 1
         missing = int((self._starts < 0).sum())
         if missing:
             raise UserError(
@@ -165,7 +167,11 @@ class Shard:
             return Made(
                 position, None, [], {name: record[name] for name in ("step", "phase", "error")}
             )
-        content = self._container.read(record["file"], row)
+        # Not what the record says: that might lead anywhere.
+        file = self._container.file(
+            position, stem(position, record["class_name"], record["class_id"])
+        )
+        content = self._container.read(file, row)
         return Made(position, content, record["token_ids"])
 
 

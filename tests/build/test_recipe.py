@@ -72,6 +72,25 @@ def test_where_the_bundle_goes(tmp_path: Path) -> None:
     assert read_recipe(write(tmp_path, "", "lpd-0.5.toml"))["out"] == f"{tmp_path}/lpd-0.5"
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('out = "/root/a"', "out: /root/a must be a path inside of "),
+        ('out = "b/../../a"', "out: b/../../a must be a path inside of "),
+        ('timing-cache = "../.bashrc"', "timing-cache: ../.bashrc must be a path inside of "),
+        ('timing-cache = "link"', "link is a link that leaves "),
+    ],
+)
+def test_what_a_recipe_writes_stays_beside_it(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    path = write(tmp_path / "in", line)
+    with pytest.raises(UserError) as raised:
+        read_recipe(path)
+    assert str(raised.value).startswith(f"{path}, line 1: ")
+    assert message in str(raised.value)
+
+
 def test_a_request_from_python() -> None:
     for wrong, message in (
         ({"res": "256"}, "--res must be a whole number from 1 to 2048, but it is '256'"),

@@ -47,6 +47,15 @@ def test_any_split_gives_the_same(broken_bundle: Path, tmp_path: Path, kind: str
     assert content(merged) == whole
 
 
+def test_a_record_of_a_shard_leads_nowhere_else(small_bundle: Path, tmp_path: Path) -> None:
+    make(small_bundle, tmp_path / "whole")
+    make(small_bundle, tmp_path / "a", "--shard", "0/1")
+    path = tmp_path / "a" / "shard_0_of_1" / "images.jsonl"
+    path.write_text(path.read_text().replace('"file": "', '"file": "../../../secret/'))
+    assert answer("merge", tmp_path / "a", "--out", tmp_path / "merged").code == 0
+    assert content(tmp_path / "merged") == content(tmp_path / "whole")
+
+
 @pytest.mark.model
 def test_shards_that_are_no_whole(small_bundle: Path, tmp_path: Path) -> None:
     out, merged = tmp_path / "a", tmp_path / "merged"
@@ -62,6 +71,17 @@ def test_shards_that_are_no_whole(small_bundle: Path, tmp_path: Path) -> None:
         f"{out}/shard_0_of_2 is not whole: 1 of its 7 images are missing; the command that made "
         "the others makes them"
     )
+    far = before.replace(b'"position": 6,', b'"position": 9,')
+    (out / "shard_0_of_2/images.jsonl").write_bytes(far)
+    assert mistake("merge", out, "--out", merged) == (
+        f"{out}/shard_0_of_2/images.jsonl, line 7: image 9 is not of this shard"
+    )
+    (out / "shard_0_of_2/images.jsonl").write_bytes(before)
+    (out / "shard_0_of_2/failures.jsonl").write_text('{"position": 6}\n')
+    assert "failures.jsonl, line 1: not a record of `lpd-export run` (index: " in mistake(
+        "merge", out, "--out", merged
+    )
+    (out / "shard_0_of_2/failures.jsonl").unlink()
     make(small_bundle, out, "--shard", "0/2")
     assert (out / "shard_0_of_2/images.jsonl").read_bytes() == before
     shutil.copy(out / "shard_0_of_2/shard.json", tmp_path)
