@@ -198,7 +198,7 @@ def table(measured: list[Row], originals: Row) -> str:
 
 def bars(measured: list[Row], originals: Row) -> Figure:
     """A group of bars a mask, a bar each order, number of steps and class."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     kinds = list(dict.fromkeys((row.order, row.steps, row.asked) for row in measured))
     panels = {"frechet_distance": "Fréchet distance", "accuracy": "sees what was asked for"}
     panels["nats"] = "nats a new token"
@@ -214,7 +214,9 @@ def bars(measured: list[Row], originals: Row) -> Figure:
         axes.set_title(title, fontsize=10)
         if name != "nats":
             axes.axhline(getattr(originals, name), color="grey", linewidth=1, linestyle="--")
-    axes.legend(fontsize=7)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
+    )
     return figure
 
 
