@@ -25,6 +25,8 @@ from typing import NamedTuple
 COMMAND = Path(sys.executable).with_name("lpd-export")
 AT_ONCE = 2
 """Runs beside one another."""
+A_BATCH = 0.5
+"""Seconds in which about a batch is made and stored."""
 WHILE_STARTING = 0.2
 """The share of kills that may come before an image is made."""
 HEADINGS = (
@@ -38,10 +40,8 @@ class Job(NamedTuple):
 
     asked: list[str]
     images: int
-    seconds: float
-    """That it took from its first image on."""
     start_seconds: float
-    """Until then."""
+    """Until its first image was there."""
     files: dict[str, str]
 
 
@@ -78,21 +78,21 @@ def recorded(out: Path) -> int:
     return records.read_bytes().count(b"\n") if records.exists() else 0
 
 
-def wait_for_an_image(process: subprocess.Popen[bytes], out: Path) -> None:
-    """One more than there are."""
-    before = recorded(out)
-    while process.poll() is None and recorded(out) <= before:
+def wait_for_images(process: subprocess.Popen[bytes], out: Path, more: int) -> None:
+    """So many more than there are, or the run's end."""
+    wanted = recorded(out) + more
+    while process.poll() is None and recorded(out) < wanted:
         time.sleep(0.02)
 
 
 def whole(asked: list[str], images: int, out: Path) -> Job:
     begun = time.monotonic()
     process = start(asked, out)
-    wait_for_an_image(process, out)
-    first = time.monotonic()
+    wait_for_images(process, out, 1)
+    start_seconds = time.monotonic() - begun
     if process.wait():
         sys.exit(f"the run that nobody disturbed failed: {out.with_suffix('.log').read_text()}")
-    return Job(asked, images, time.monotonic() - first, first - begun, content(out))
+    return Job(asked, images, start_seconds, content(out))
 
 
 def disturb(of: Future[Job], workers: int, cycles: int, runs: int, out: Path, seed: int) -> Outcome:
@@ -110,8 +110,10 @@ def disturb(of: Future[Job], workers: int, cycles: int, runs: int, out: Path, se
                 if chance.random() < WHILE_STARTING:
                     time.sleep(chance.random() * job.start_seconds)
                 else:
-                    wait_for_an_image(process, path)
-                    time.sleep(chance.random() * 2 * job.seconds * runs / cycles)
+                    # By images, not by time: a machine has other work too.
+                    most = 2 * job.images * runs // cycles
+                    wait_for_images(process, path, chance.randint(1, max(most, 1)))
+                    time.sleep(chance.random() * A_BATCH)
                 if process.poll() is None:
                     process.kill()
                     at.append(recorded(path))
