@@ -91,7 +91,7 @@ class EditRequest:
             raise UserError(f"{path} has many images: say which, as in {path}:3")
         check_file(path, "the records", 2**36)
         found = Path(path).stat()
-        start = record_places(path, found.st_size, found.st_mtime_ns).get(int(index))
+        start = record_places(path, found.st_size, found.st_mtime_ns).get(index)
         if start is not None:
             with open(path, "rb") as lines:
                 lines.seek(start)
@@ -110,14 +110,14 @@ class EditRequest:
 
 
 @functools.lru_cache(maxsize=4)
-def record_places(path: str, size: int, changed: int) -> dict[int, int]:
-    """Where each image's line begins in a file of records of this size, changed at this time."""
-    places: dict[int, int] = {}
+def record_places(path: str, size: int, changed: int) -> dict[str, int]:
+    """Where the line of each image begins, by its number, in a file of this size and time."""
+    places: dict[str, int] = {}
     start = 0
     with open(path, "rb") as lines:
         for line in lines:
             # What is none is another's, or cut short by a kill.
             with contextlib.suppress(ValidationError):
-                places.setdefault(RECORD.validate_json(line)["position"], start)
+                places.setdefault(str(RECORD.validate_json(line)["position"]), start)
             start += len(line)
     return places

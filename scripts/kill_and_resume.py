@@ -139,7 +139,10 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=500, help="of a run (%(default)s)")
     parser.add_argument(
-        "--runs", type=int, default=1, help="that these kills are about enough for (%(default)s)"
+        "--runs",
+        type=int,
+        default=1,
+        help="that the kills of a kind are spread over, about (%(default)s)",
     )
     parser.add_argument("--formats", default="png,tar,npz")
     parser.add_argument("--cfg", type=float, default=1, help="1 takes half the time (%(default)s)")
@@ -148,6 +151,11 @@ def main() -> None:
     options = parser.parse_args()
     kinds = [int(workers) for workers in options.workers.split(",")]
     cycles = [int(kills) for kills in options.cycles.split(",")]
+    if len(cycles) != len(kinds) or min(cycles) < 1:
+        parser.error(
+            f"--cycles {options.cycles} has not a number for each of --workers "
+            f"{options.workers}: give {len(kinds)}, from 1 on"
+        )
     formats = options.formats.split(",")
     total = Outcome([], 0, 0, 0, 0)
     begun = time.monotonic()

@@ -101,7 +101,14 @@ def exported_once(shared_folder: Path) -> Iterator[None]:
 
 
 FEW_ARE_MEASURED = mock.patch.object(calibration, "MOST_IMAGES", calibration.FEWEST_IMAGES)
-"""Small images of as many cells as large ones are measured in no greater number: 4, not 16."""
+"""On as few images as a model of 256 px needs: the tests' limits hold with them too."""
+
+
+@pytest.fixture
+def few_are_measured() -> Iterator[None]:
+    """A build measures as few images as it may."""
+    with FEW_ARE_MEASURED:
+        yield
 
 
 def build_recipe(recipe: Path, out: Path, **settings: object) -> Path:

@@ -239,10 +239,11 @@ class NpzImages:
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open(f"{IMAGES}.npy") as file:
                 read_header(file)
-                some = max(1, min(CHUNK, MOST_HELD // int(np.prod(row))))
-                for start in range(0, self.count, some):
-                    labels = list(self._labels[start : start + some])
-                    size = len(labels) * int(np.prod(row))
+                bytes_each = int(np.prod(row))
+                at_once = max(1, min(CHUNK, MOST_HELD // bytes_each))
+                for start in range(0, self.count, at_once):
+                    labels = list(self._labels[start : start + at_once])
+                    size = len(labels) * bytes_each
                     content = file.read(size)
                     if len(content) != size:
                         raise EOFError(f"image {start} and what comes after are missing")

@@ -212,9 +212,8 @@ class ReplicaMaker:
                     raise AbandonedError from None
                 if isinstance(error, self._ray.exceptions.RayTaskError):
                     raise
-                log.warning(
-                    "a replica was lost, and another does its work: %s", str(error).splitlines()[0]
-                )
+                why = (str(error) or type(error).__name__).splitlines()[0]
+                log.warning("a replica was lost, and another does its work: %s", why)
             else:
                 if event.error is not None:
                     raise event.error

@@ -132,6 +132,7 @@ def test_wrong_edits_leave_nothing(
     [
         ("images.jsonl", "images.jsonl has many images: say which, as in"),
         ("images.jsonl:7", "images.jsonl has no record of image 7"),
+        ("images.jsonl:" + 5000 * "9", "images.jsonl has no record of image 9999"),
         ("other.jsonl:7", "cannot read"),
         ("00000_ice-cream.png.jpg", "cannot read the image"),
         ("images.jsonl:x", "cannot read the image"),

@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import onnx
@@ -28,7 +27,7 @@ from lpd_export.build.request import BuildRequest
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, CalibrationRecord
 from lpd_export.formats import BFLOAT16, FLOAT16, INT8, PRECISIONS
 from lpd_export.graphs import export
-from lpd_export.precision import calibration, quantization, writer
+from lpd_export.precision import quantization, writer
 from lpd_export.precision.calibration import (
     Calibration,
     Calibrator,
@@ -50,7 +49,6 @@ from lpd_export.progress import Report
 
 pytestmark = pytest.mark.model
 
-FEW_ARE_MEASURED = mock.patch.object(calibration, "MOST_IMAGES", calibration.FEWEST_IMAGES)
 COMPUTE = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
@@ -418,7 +416,7 @@ def test_int8_stays_close_and_meets_its_targets(
     assert size < 0.35 * (emoji_bundle / "onnx/weights.data").stat().st_size
 
 
-@FEW_ARE_MEASURED
+@pytest.mark.usefixtures("few_are_measured")
 def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path) -> None:
     """A layer made hard to quantize is measured to be so, and kept back."""
     bundle = Bundle.open(emoji_bundle)
@@ -454,7 +452,7 @@ def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path
     assert list(scratch.iterdir()) == []
 
 
-@FEW_ARE_MEASURED
+@pytest.mark.usefixtures("few_are_measured")
 @pytest.mark.parametrize(("backend", "exact"), [("onnxruntime", True), ("tensorrt-rtx", False)])
 def test_layers_are_chosen_on_what_is_shipped(
     emoji_bundle: Path, tmp_path: Path, backend: str, exact: bool

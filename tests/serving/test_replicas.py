@@ -105,14 +105,18 @@ def test_a_polite_kill_lets_what_has_begun_be_finished(
     served: subprocess.Popen[str], http: httpx2.Client
 ) -> None:
     begun = metric(http, "lpd_batch_images_count")
-    with ThreadPoolExecutor(2) as clients:
-        first = clients.submit(http.post, GENERATIONS, json={"prompt": "1", "n": 10})
+    body = {"prompt": "1", "n": 10}
+    with ThreadPoolExecutor(5) as clients:
+        first = clients.submit(http.post, GENERATIONS, json=body)
         until(lambda: metric(http, "lpd_batch_images_count") > begun)
-        second = clients.submit(http.post, GENERATIONS, json={"prompt": "1", "n": 10})
-        until(lambda: metric(http, "lpd_queue_images") >= 8)
+        others = [clients.submit(http.post, GENERATIONS, json=body) for _ in range(4)]
+        until(lambda: metric(http, "lpd_queue_images") >= 25)  # batches pass until the signal comes
         served.send_signal(signal.SIGTERM)
         assert len(first.result().json()["data"]) == 10
-        assert second.result().json()["error"]["code"] == "stopping"
+        answers = [other.result().json() for other in others]
+        refused = [answer["error"]["code"] for answer in answers if "error" in answer]
+        assert set(refused) == {"stopping"}
+        assert all(len(answer["data"]) == 10 for answer in answers if "data" in answer)
     said = end(served)
     assert said.code == 0
     assert [line.split(":")[0] for line in said.err.splitlines()] == [
