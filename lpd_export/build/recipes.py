@@ -65,7 +65,8 @@ def named_recipe(text: str) -> dict[str, Any]:
         settings = published[text] if text in published else read_packaged(files[text])
         return settings | {"out": str(BUNDLES / text)}
     if os.path.lexists(text):
-        return read_recipe(Path(text))
+        path, ours = Path(text), recipes_folder()
+        return read_recipe(path, ours.parent if path.resolve().parent == ours else None)
     close = difflib.get_close_matches(Path(text).stem.lower(), names)
     meant = f" (did you mean {' or '.join(close)}?)" if close else ""
     raise UserError(
@@ -75,7 +76,7 @@ def named_recipe(text: str) -> dict[str, Any]:
 
 def read_packaged(path: Path) -> dict[str, Any]:
     """A recipe of `recipes_folder`; raises UserError where the files it names are not."""
-    settings = read_recipe(path)
+    settings = read_recipe(path, path.parents[1])
     for file in (settings[key] for key in FILES if key in settings):
         if not file.startswith(HUB_PREFIX) and not Path(file).exists():
             raise UserError(

@@ -36,7 +36,7 @@ PATHS = (
     "schedule",
     "keep_layers",
 )
-"""What a recipe reads, from where it says."""
+"""What a recipe reads, in its own or the working folder."""
 WRITTEN = ("timing_cache", "out")
 """What a recipe writes, in its own folder."""
 HUB_PREFIX = "hf:"
@@ -137,11 +137,16 @@ def wanted(name: str) -> str:
     return in_words(BuildRequest.model_json_schema()["properties"][name])
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, project: Path | None = None) -> dict[str, Any]:
     """The settings of a recipe by field of BuildRequest; `out` defaults to the recipe's stem.
 
+    Args:
+        path: of a TOML file.
+        project: what it reads lies in here or in its own folder; by default the working folder.
+
     Raises:
-        UserError: for a file that is not TOML, an unknown key or a wrong value, with its line.
+        UserError: for a file that is not TOML, an unknown key, a wrong value or a path that leads
+            elsewhere, with its line.
     """
     try:
         text = read_file(path, "the recipe", MOST_BYTES).decode().replace("\r\n", "\n")
@@ -164,9 +169,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     values = {name: entries[key] for name, key in keys.items()}
     request = BuildRequest.model_validate(values, context=written)
     settings = request.model_dump(exclude_unset=True)
+    readable = [folder.resolve() for folder in (path.parent, project or Path.cwd())]
     for name in PATHS:
         if name in settings and not settings[name].startswith(HUB_PREFIX):
-            settings[name] = str(path.parent / settings[name])
+            file = path.parent / settings[name]
+            if "\0" in settings[name] or not any(map(file.resolve().is_relative_to, readable)):
+                raise UserError(
+                    f"{written(name)}: {settings[name]!r} leads out of the recipe's folder and of "
+                    f"the working folder: give it as --{name.replace('_', '-')} instead"
+                )
+            settings[name] = str(file)
     for name in WRITTEN:
         if name in settings:
             try:

@@ -28,8 +28,8 @@ def test_every_setting_can_be_in_a_recipe(tmp_path: Path) -> None:
         checkpoint = "weights/lpd.pth"
         tokenizer = "hf:ORG/NAME/vq.pt"
         heads = 3
-        classes = "../classes.json"
-        schedule = "/orders.npz"
+        classes = "lists/classes.json"
+        schedule = "orders.npz"
         orders = 8
         repulsion = 0
         cfg = 3
@@ -49,8 +49,8 @@ def test_every_setting_can_be_in_a_recipe(tmp_path: Path) -> None:
         "checkpoint": f"{tmp_path}/weights/lpd.pth",
         "tokenizer": "hf:ORG/NAME/vq.pt",
         "heads": 3,
-        "classes": f"{tmp_path}/../classes.json",
-        "schedule": "/orders.npz",
+        "classes": f"{tmp_path}/lists/classes.json",
+        "schedule": f"{tmp_path}/orders.npz",
         "orders": 8,
         "repulsion": 0,
         "cfg": 3.0,
@@ -89,6 +89,24 @@ def test_what_a_recipe_writes_stays_beside_it(tmp_path: Path, line: str, message
         read_recipe(path)
     assert str(raised.value).startswith(f"{path}, line 1: ")
     assert message in str(raised.value)
+
+
+def test_what_a_recipe_reads_is_beside_it_or_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, folder = 'checkpoint = "../weights/lpd.pth"', tmp_path / "recipes"
+    folder.mkdir()
+    path = write(folder, line)
+    with pytest.raises(UserError, match=r"line 1: checkpoint: .* give it as --checkpoint instead"):
+        read_recipe(path)
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(path)["checkpoint"] == f"{folder}/../weights/lpd.pth"
+    (folder / "link").symlink_to("/etc")
+    for line in ('classes = "/etc/passwd"', 'classes = "link/passwd"', r'classes = "a\u0000b"'):
+        with pytest.raises(
+            UserError, match=r"line 1: classes: .* leads out of the recipe's folder"
+        ):
+            read_recipe(write(folder, line))
 
 
 def test_a_request_from_python() -> None:

@@ -75,7 +75,9 @@ def test_a_recipe_of_a_published_model_takes_random_weights() -> None:
 
 def test_the_demo_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert named_recipe("demo") == read_recipe(FOLDER / "demo.toml") | {"out": "engines/demo"}
+    assert named_recipe("demo") == read_recipe(FOLDER / "demo.toml", FOLDER.parent) | {
+        "out": "engines/demo"
+    }
 
 
 def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
