@@ -36,6 +36,21 @@ def allowed_cores() -> int:
     return 0 if allowed == os.cpu_count() else allowed
 
 
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Inside, torch's operations take one thread.
+
+    They are small here, and after each its other threads would spin for a while, on the cores that
+    the graph's next operators need.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def cuda_options(device_index: int, stream: int) -> dict[str, str]:
     """What ONNX Runtime's CUDA provider is told: the GPU, the stream, and exact FP32."""
     return {
@@ -94,10 +109,11 @@ class OnnxRuntimeExecutor:
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
-        if self._side_stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._side_stream):
+        with (
+            one_torch_thread()
+            if self._side_stream is None
+            else torch.cuda.stream(self._side_stream)
+        ):
             yield
 
     @cached_property
@@ -117,6 +133,8 @@ class OnnxRuntimeExecutor:
         # what makes it fast; in an FP16 graph, as an engine has it, on the activations as they are.
         level = "4" if self.float_type == torch.float32 else "0"
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+        # A thread that spins until there is work again takes the core from whoever has some.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # what it would log as errors, it raises too
         return options
 
