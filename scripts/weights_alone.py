@@ -114,7 +114,7 @@ def main(
         source = draw_random_weights(request, say)
         settings = settle(request, source)
         manifest = describe(request, source, settings)
-        write_exact_graphs(place / "exact", source, say)
+        write_exact_graphs(place / "exact", source, ONNXRUNTIME, say)
         del source
         half, engines, cpu = place / "half", place / "engines", place / "cpu"
         say("writing FP16 graphs, and levels for engines and for a CPU")

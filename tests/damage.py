@@ -19,6 +19,7 @@ from torch import nn
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, SCHEDULE, Bundle, describe_files
 from lpd_export.graphs import export
+from lpd_export.graphs.contract import ATTENTION_MASK
 from lpd_reference import LPD, VQTokenizer
 from lpd_reference.lpd import LPDConfig
 from lpd_reference.vq import VQConfig
@@ -149,12 +150,14 @@ def query_and_key_swapped(models: Models) -> None:
 def mask_off_by_one(models: Models) -> None:
     """The mask's columns stand one further than the cache's rows."""
     model = models["decode"]
-    for node in operators(model, "Attention"):
-        columns = node.inputs[3].shape[1]  # type: ignore[union-attr,index]
-        shifted = constant(model, f"{node.name}/columns", np.roll(np.arange(columns), 1))
-        replace_input(
-            model, node, 3, lambda mask, by=shifted: [ir.node("Gather", [mask, by], {"axis": 1})]
-        )
+    (mask,) = (value for value in model.graph.inputs if value.name == ATTENTION_MASK)
+    columns = constant(model, "columns", np.roll(np.arange(mask.shape[1]), 1))  # type: ignore[index]
+    shifted = ir.node("Gather", [mask, columns], {"axis": 1})
+    shifted.outputs[0].type, shifted.outputs[0].shape = mask.type, mask.shape
+    for node, place in list(mask.uses()):
+        if node is not shifted:
+            node.replace_input_with(place, shifted.outputs[0])
+    model.graph.insert_before(model.graph[0], shifted)
 
 
 def write_index_off_by_one(models: Models) -> None:

@@ -30,7 +30,7 @@ from lpd_export.build.build import write_exact_graphs
 from lpd_export.build.settings import Source
 from lpd_export.bundle.manifest import GRAPH_NAMES
 from lpd_export.files import write_atomically
-from lpd_export.formats import PRECISIONS, FloatType, Precision
+from lpd_export.formats import BACKENDS, PRECISIONS, FloatType, Precision
 from lpd_export.graphs import export
 from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.casting import lower
@@ -216,7 +216,7 @@ def find_kept_layers(context: Context) -> list[Bisection]:
     reference = RememberingReference(context.expected)
     exact, trials = context.scratch / "exact", context.scratch / "trials"
     source = Source(reference.model, reference.tokenizer, None, None)
-    write_exact_graphs(exact, source, context.report)
+    write_exact_graphs(exact, source, BACKENDS[manifest.backend], context.report)
     trials.mkdir()
     calibration = calibrate(exact, trials, manifest, schedule, context.report)
     precision = PRECISIONS[manifest.precision]

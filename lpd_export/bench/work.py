@@ -85,19 +85,20 @@ def generation_work(bundle: Bundle, phases: Sequence[Phase] | None = None) -> di
     phases = manifest.phases if phases is None else phases
     rows = 2 if manifest.cfg != 1 else 1
     parts: dict[str, Work] = {}
-    counted: dict[tuple[int, int], Work] = {}  # of one token a step, nearly all phases are alike
+    # Of one token a step, nearly all phases are alike but for the rows written.
+    models: dict[tuple[int, int], ir.Model] = {}
     for phase in phases:
         sizes_of_phase = (phase.context, phase.queries)
-        if sizes_of_phase in counted:
-            parts[step_title(phase)] = counted[sizes_of_phase]
-            continue
-        if own and manifest.phase_rows == rows:
-            model = ir.load(bundle.graph(f"onnx/{phase.name}.onnx"))
-        else:
-            model = ir.load(bundle.graph("onnx/decode.onnx"))
-            sizes = {ROWS: rows, CONTEXT_TOKENS: phase.context, TOKENS: phase.tokens}
-            make_static(model, sizes)
-        counted[sizes_of_phase] = parts[step_title(phase)] = graph_work(model)
+        if sizes_of_phase not in models:
+            if own and manifest.phase_rows == rows:
+                model = ir.load(bundle.graph(f"onnx/{phase.name}.onnx"))
+            else:
+                model = ir.load(bundle.graph("onnx/decode.onnx"))
+                sizes = {ROWS: rows, CONTEXT_TOKENS: phase.context, TOKENS: phase.tokens}
+                make_static(model, sizes)
+            models[sizes_of_phase] = model
+        written = phase.write_index + phase.tokens
+        parts[step_title(phase)] = graph_work(models[sizes_of_phase], written)
     cells = sum(phase.queries for phase in phases)
     # The logits of all rows are read once: guidance and the draw in one pass.
     parts[SAMPLING] = Work(activations=rows * cells * manifest.model.vocab_size * 4)
@@ -113,8 +114,12 @@ def generation_work(bundle: Bundle, phases: Sequence[Phase] | None = None) -> di
 # ------------------------------------------------------------------------------------- a graph
 
 
-def graph_work(model: ir.Model) -> Work:
+def graph_work(model: ir.Model, written_rows: int = 0) -> Work:
     """The work of a graph with static shapes.
+
+    Args:
+        model: the graph.
+        written_rows: of a cache, where attention reads no others.
 
     Raises:
         UserError: if the shapes of products do not follow from those of the inputs.
@@ -127,18 +132,20 @@ def graph_work(model: ir.Model) -> Work:
     for node in graph:
         if node.op_type == "TensorScatter":
             caches += _bytes(_input(node, 1))
-        if node.op_type not in PRODUCTS:
-            continue
-        operations[product_type(node)] += PRODUCTS[node.op_type](node)
-        for value in _inputs(node)[: 3 if node.op_type == "Attention" else 2]:
-            stored = _stored(value)
-            if _is_constant(stored) or stored in read:
-                continue
-            read.add(stored)
-            if _is_cache(stored):
-                caches += _bytes(stored)
-            else:
-                activations += 2 * _bytes(stored)
+        elif node.op_type == "Attention":
+            query, *key_and_value = (_input(node, place) for place in range(3))
+            for cache in key_and_value:
+                rows, size = _read_of_cache(cache, written_rows)
+                operations[product_type(node)] += 2 * prod(_sizes(query)) * rows
+                caches += size
+            activations += 2 * _bytes(query)
+        elif node.op_type in PRODUCTS:
+            operations[product_type(node)] += PRODUCTS[node.op_type](node)
+            for value in _inputs(node)[:2]:
+                stored = _stored(value)
+                if not _is_constant(stored) and stored not in read:
+                    read.add(stored)
+                    activations += 2 * _bytes(stored)
     return Work(operations, weights, caches, activations)
 
 
@@ -173,13 +180,7 @@ def _conv(node: ir.Node) -> int:
     return 2 * prod(_sizes(node.outputs[0])) * prod(_sizes(_input(node, 1))[1:])
 
 
-def _attention(node: ir.Node) -> int:
-    query, key, value = (_sizes(_input(node, place)) for place in range(3))
-    assert len(query) == 4, "heads are an axis of their own"
-    return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])
-
-
-PRODUCTS = {"MatMul": _matmul, "Conv": _conv, "Attention": _attention}
+PRODUCTS = {"MatMul": _matmul, "Conv": _conv}
 
 
 # ------------------------------------------------------------------------------------- values
@@ -195,6 +196,17 @@ def _stored(value: ir.Value) -> ir.Value:
 
 def _is_constant(value: ir.Value) -> bool:
     return value.const_value is not None
+
+
+def _read_of_cache(value: ir.Value, written_rows: int) -> tuple[int, int]:
+    """Rows and bytes that attention reads of keys or values [R, H, N, d], cut or whole."""
+    producer = value.producer()
+    assert producer is not None
+    cut = producer.op_type == "Slice"
+    cache = _input(producer, 0) if cut else value
+    held = _sizes(cache)[2]
+    rows = written_rows if cut else held
+    return rows, _bytes(cache) // held * rows
 
 
 def _is_cache(value: ir.Value) -> bool:

@@ -50,8 +50,9 @@ from lpd_export.bundle.manifest import (
     new_bundle,
 )
 from lpd_export.files import cache_folder, sha256
-from lpd_export.formats import BACKENDS, PRECISIONS
+from lpd_export.formats import BACKENDS, PRECISIONS, Backend
 from lpd_export.graphs import contract, export
+from lpd_export.graphs.written_rows import cut_to_written_rows
 from lpd_export.precision.writer import PrecisionWriter, read_kept_layers
 from lpd_export.progress import Progress, Report
 from lpd_reference.checkpoint import lasting_source
@@ -85,7 +86,7 @@ def build(
         manifest = describe(request, source, settings)
         settings.schedule.save(folder / SCHEDULE)
         onnx_folder, exact = folder / "onnx", folder / "exact"
-        write_exact_graphs(exact, source, report)
+        write_exact_graphs(exact, source, BACKENDS[request.backend], report)
         # Weights twice in memory are enough: the reference goes before the graphs are loaded.
         del source
         gc.collect()
@@ -113,12 +114,14 @@ def build(
 # ------------------------------------------------------------------------------- the graphs
 
 
-def write_exact_graphs(folder: Path, source: Source, report: Report) -> None:
-    """Writes the graphs in FP32."""
+def write_exact_graphs(folder: Path, source: Source, backend: Backend, report: Report) -> None:
+    """Writes the graphs in FP32, as a backend takes them."""
     grid = source.model.config.grid
     folder.mkdir()
     report("exporting decode.onnx")
     models = {"decode": export.export_decode(source.model)}
+    if backend.cuts_cache:
+        cut_to_written_rows(models["decode"])
     report("exporting detokenize.onnx and tokenize.onnx")
     models["detokenize"] = export.export_detokenize(source.tokenizer, grid)
     models["tokenize"] = export.export_tokenize(source.tokenizer, grid)

@@ -30,6 +30,7 @@ from torch.export import Dim
 from lpd_export.graphs import contract
 from lpd_export.graphs.modules import Decode, Detokenize, Tokenize
 from lpd_export.graphs.static import EMBEDDED_BYTES, make_static
+from lpd_export.graphs.written_rows import fix_written_rows
 from lpd_export.schedule.phases import Phase
 from lpd_reference.lpd import LPD
 from lpd_reference.vq import VQTokenizer
@@ -274,6 +275,7 @@ def write_phases(folder: Path, phases: Sequence[Phase], rows: int) -> list[Path]
             contract.CONTEXT_TOKENS: phase.context,
             contract.TOKENS: phase.tokens,
         }
+        fix_written_rows(model, phase.write_index + phase.tokens)
         make_static(model, sizes)
         model.graph.name = phase.name
         paths.append(folder / f"{phase.name}.onnx")

@@ -136,11 +136,12 @@ def add_outputs(model: ir.Model, matrices: Mapping[str, ir.Value]) -> dict[str, 
 def largest_magnitudes(model: ir.Model) -> dict[str, ir.Value]:
     """For each float value that a node computes, nodes for its largest magnitude.
 
-    Inputs are not among them: caches come back as outputs, and a mask is as large as its type
-    allows.
+    Inputs are not among them, nor what is cut of them: caches come back as outputs, and a mask is
+    as large as its type allows.
     """
     graph, scalars = model.graph, {}
-    values = [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
+    nodes = [node for node in graph if node.op_type != "Slice"]
+    values = [value for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT]
     for value in values:
         magnitude = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})

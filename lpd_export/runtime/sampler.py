@@ -222,7 +222,8 @@ def sample(
         token ids [B, Q] int64, and whether all logits were finite [B, Q]: if not, any token.
     """
     logits = logits.float()
-    low, high = logits.aminmax(dim=-1, keepdim=True)  # either is NaN if any logit is
+    # Either is NaN if any logit is. `aminmax` would take four times as long on a CPU.
+    low, high = logits.amin(dim=-1, keepdim=True), logits.amax(dim=-1, keepdim=True)
     finite = (low.isfinite() & high.isfinite()).squeeze(-1)
     temperature = rows.temperature[:, None, None]
     kept = logits / temperature

@@ -127,7 +127,7 @@ def exported_once(small_bundle: Path, small_weights: Path) -> Iterator[None]:
     """The graphs of `small_bundle` are taken, where an export would take most of the time."""
     states = [torch.load(small_weights / name)["model"] for name in ("lpd.pth", "vq.pt")]
 
-    def copy_graphs(folder: Path, source: Source, report: object) -> None:
+    def copy_graphs(folder: Path, source: Source, backend: object, report: object) -> None:
         for model, state in zip((source.model, source.tokenizer), states, strict=True):
             exported = model.state_dict()
             assert all(torch.equal(exported[name], state[name]) for name in exported)

@@ -16,11 +16,11 @@ from lpd_reference import PUBLISHED_MODELS, LPDConfig
 
 
 def decode_operations(
-    dim: int, depth: int, cells: int, vocab: int, rows: int, tokens: int, queries: int
+    dim: int, depth: int, read: int, vocab: int, rows: int, tokens: int, queries: int
 ) -> int:
-    """Of one phase: 12 D^2 weights a block, attention over the whole cache, and the head."""
+    """Of one phase: 12 D^2 weights a block, attention over rows of the cache, and the head."""
     blocks = 2 * rows * tokens * depth * 12 * dim * dim
-    attention = 4 * rows * tokens * depth * (cells + 1) * dim
+    attention = 4 * rows * tokens * depth * read * dim
     return blocks + attention + 2 * rows * queries * dim * vocab
 
 
@@ -28,7 +28,7 @@ def test_the_closed_form_of_lpd_l() -> None:
     """612 GFLOP an image in weights, with guidance, in 20 steps at 256 px; 26 in attention."""
     model = LPDConfig(**PUBLISHED_MODELS["lpd-l"], grid=16)
     counted = [
-        decode_operations(model.dim, model.depth, 256, model.vocab_size, 2, p.tokens, p.queries)
+        decode_operations(model.dim, model.depth, 257, model.vocab_size, 2, p.tokens, p.queries)
         for p in phase_table(group_sizes(256, 20))
     ]
     assert sum(counted) == pytest.approx(611.7e9 + 25.9e9, rel=1e-3)
@@ -43,14 +43,21 @@ def test_decode_is_its_closed_form(bundle: str, request: pytest.FixtureRequest) 
         work = generation_work(opened, phases)
         for phase in phases or opened.manifest.phases:
             part = work[f"step {phase.index + 1}" if phase.index else "prefill"]
+            written = phase.write_index + phase.tokens
             assert part.operations == Counter(
                 float32=decode_operations(
-                    model.dim, model.depth, cells, model.vocab_size, 2, phase.tokens, phase.queries
+                    model.dim,
+                    model.depth,
+                    written,
+                    model.vocab_size,
+                    2,
+                    phase.tokens,
+                    phase.queries,
                 )
             )
-            # Every layer's keys and values are read whole, and the phase's own rows written.
+            # Every layer's keys and values are read as far as they are written.
             rows = 2 * 2 * model.depth * model.dim * size
-            assert part.caches == rows * (cells + 1 + phase.tokens)
+            assert part.caches == rows * (written + phase.tokens)
             # Into each of 5 products and the head, and the logits.
             read = model.depth * phase.tokens * (4 * model.dim + model.mlp_dim)
             read += phase.queries * model.dim
