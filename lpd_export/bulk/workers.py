@@ -7,7 +7,9 @@ by another. Nothing is scheduled here, and nothing is stored.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ PARTS = 64
 """A worker's share comes in about so many parts, that all of them end at about the same time."""
 MOST_BATCHES = 16
 """Of a part: what is made again when a worker is lost."""
+THREAD_SECONDS = 5
 
 Columns = dict[str, NDArray[Any]]
 
@@ -117,12 +120,29 @@ def made_by_workers(
             num_cpus=threads or 1,
             num_gpus=1 if on_gpus else 0,
         )
+        made = iter(images.iter_batches(batch_size=None, prefetch_batches=0))
         try:
-            for part in images.iter_batches(batch_size=None, prefetch_batches=0):
-                yield from received(part, request.keep_going)
+            with ended_threads(), contextlib.closing(made):
+                for part in made:
+                    yield from received(part, request.keep_going)
         except ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines()
             raise UserError(f"a worker failed: {lines[-1].strip()}") from error
+
+
+@contextlib.contextmanager
+def ended_threads() -> Iterator[None]:
+    """Waits at its end for the threads in the background that began inside.
+
+    Ray Data's ask for more while they end, and Ray ends a process that asks once it is shut down.
+    """
+    before = {*threading.enumerate()}
+    try:
+        yield
+    finally:
+        for thread in {*threading.enumerate()} - before:
+            if thread.daemon:
+                thread.join(THREAD_SECONDS)
 
 
 def received(part: Columns, keep_going: bool) -> Iterator[Made]:

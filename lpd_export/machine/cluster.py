@@ -68,8 +68,9 @@ def ray_session(ray: Any, cpus: int | None) -> Iterator[None]:
         if not address:
             raise
         raise UserError(
-            f"no Ray answers at RAY_ADDRESS={address}: start it there with `ray start --head`, "
-            "give its RAY_AUTH_TOKEN if it has one, or unset RAY_ADDRESS to use this machine alone"
+            f"no Ray answers at RAY_ADDRESS={address}: start it there with `ray start --head`, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it wants a token, or unset RAY_ADDRESS to "
+            "use this machine alone"
         ) from error
     try:
         yield

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +37,47 @@ def test_a_worker_that_is_killed_leaves_no_gap(small_bundle: Path, tmp_path: Pat
     said = end(process)
     assert said.code == 0, said
     assert content(tmp_path / "a") == content(whole)
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Ray that others run, as `ray start --head` starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # No port of 10002 to 19999, which are its workers'; its sockets' paths have 107 bytes at most.
+    port = port if port >= 20000 else port + 20000
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block"]
+        options = f"--port={port} --num-cpus=2 --include-dashboard=false --temp-dir={folder}"
+        process = subprocess.Popen(
+            [*command, *options.split(), "--disable-usage-stats"],
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},  # or it leaves a token in the home
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            for pid in children(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_cluster_that_runs_already(
+    small_bundle: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--class", "0", "-n", 30, "--format", "npz"]
+    assert answer("run", small_bundle, *asked, "--out", tmp_path / "whole").code == 0
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    end_of_wait = time.monotonic() + 60
+    while True:
+        said = end(start("run", small_bundle, *asked, "--workers", 2, "--out", tmp_path / "a"))
+        if said.code == 0 or time.monotonic() > end_of_wait:
+            break
+        assert f"no Ray answers at RAY_ADDRESS={cluster}" in said.err, said
+    assert said.code == 0, said
+    assert content(tmp_path / "a") == content(tmp_path / "whole")
 
 
 def test_an_image_that_fails_in_a_worker(broken_bundle: Path, tmp_path: Path) -> None:
