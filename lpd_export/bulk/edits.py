@@ -13,8 +13,9 @@ from lpd_export.edit_request import EditRequest
 from lpd_export.runtime.editing import Edit, Selection
 from lpd_export.runtime.pipeline import Pipeline
 
-KEPT = 256
-"""So many of each: more than a batch, and what waits for the disk behind it."""
+KEPT = 128
+"""So many of each, that hold a picture: of 512 pixels 100 MB. More than a batch, and what waits for
+the disk behind it."""
 
 
 class Edits:

@@ -130,7 +130,7 @@ class Selection:
             token_ids = self.source.astype(np.int64)
             picture = to_uint8(detokenize(token_ids[None]))[0]
         else:
-            picture = self.source.astype(np.uint8)
+            picture = self.source.astype(np.uint8, copy=False)
         original = picture if self.outpaint is None else surround(picture, self.outpaint)
         if self.source.ndim != 1 or self.outpaint is not None:
             (token_ids,) = tokenize([original])
