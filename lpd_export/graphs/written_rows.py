@@ -6,6 +6,8 @@ no backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from lpd_export.graphs import contract
@@ -21,41 +23,23 @@ def cut_to_written_rows(decode: ir.Model) -> None:
     """
     graph = decode.graph
     inputs = {value.name: value for value in graph.inputs}
-    start, axes = (
-        _constant(graph, "start", 0),
-        {n: _constant(graph, f"axis_{n}", n) for n in (1, 2)},
-    )
     first = ir.node("ReduceMax", [inputs[contract.WRITE_INDEX]], {"keepdims": 1})
     tokens = ir.node("Shape", [inputs[contract.POSITIONS]], {"start": 1, "end": 2})
     end = ir.node("Add", [first.outputs[0], tokens.outputs[0]])
     end.outputs[0].name = END
-    _describe(end.outputs[0], ir.DataType.INT64, ir.Shape([1]))
-    added = [first, tokens, end]
-
-    def written(value: ir.Value, axis: int) -> ir.Value:
-        cut = ir.node("Slice", [value, start, end.outputs[0], axes[axis]])
-        assert value.shape is not None
-        sizes = list(value.shape)
-        sizes[axis] = ir.SymbolicDim(END)
-        _describe(cut.outputs[0], value.dtype, ir.Shape(sizes))
-        cut.outputs[0].name = f"{value.name}/written"
-        added.append(cut)
-        return cut.outputs[0]
-
-    mask = written(inputs[contract.ATTENTION_MASK], axis=1)
-    for number, node in enumerate(added):
-        node.name = f"{END}/{node.op_type}" + (f"_{number}" if number else "")
-    graph.insert_before(graph[0], added)
+    _describe(end.outputs[0], ir.DataType.INT64, [1])
+    mask = _slice(graph, inputs[contract.ATTENTION_MASK], 1, end.outputs[0])
+    for node in (first, tokens, end):
+        node.name = f"{END}/{node.op_type}"
+    graph.insert_before(graph[0], [first, tokens, end, mask])
     for node in [node for node in graph if node.op_type == "Attention"]:
-        _, key, value, _ = node.inputs[:4]
-        assert key is not None
-        assert value is not None
-        added.clear()
-        for place, cache in ((1, key), (2, value)):
-            node.replace_input_with(place, written(cache, axis=2))
-            added[-1].name = f"{node.name}/{added[-1].op_type}_{place}"
-        node.replace_input_with(3, mask)
-        graph.insert_before(node, added)
+        for place in (1, 2):
+            cache = node.inputs[place]
+            assert cache is not None
+            cut = _slice(graph, cache, 2, end.outputs[0])
+            graph.insert_before(node, cut)
+            node.replace_input_with(place, cut.outputs[0])
+        node.replace_input_with(3, mask.outputs[0])
 
 
 def fix_written_rows(decode: ir.Model, rows: int) -> None:
@@ -66,21 +50,35 @@ def fix_written_rows(decode: ir.Model, rows: int) -> None:
     graph = decode.graph
     ends = [value for node in graph for value in node.outputs if value.name == END]
     for value in ends:
-        fixed = _constant(graph, f"{END}/fixed", rows)
+        fixed = _constant(graph, "fixed", rows)
         for node, place in list(value.uses()):
             node.replace_input_with(place, fixed)
 
 
-def _describe(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape) -> None:
+def _slice(graph: ir.Graph, value: ir.Value, axis: int, end: ir.Value) -> ir.Node:
+    """A node that gives a value up to an end on an axis."""
+    cut = ir.node(
+        "Slice", [value, _constant(graph, "start", 0), end, _constant(graph, f"axis_{axis}", axis)]
+    )
+    cut.name = cut.outputs[0].name = f"{value.name}/written"
+    assert value.shape is not None
+    _describe(cut.outputs[0], value.dtype, [*value.shape[:axis], None, *value.shape[axis + 1 :]])
+    return cut
+
+
+def _describe(
+    value: ir.Value, dtype: ir.DataType | None, shape: Sequence[int | ir.SymbolicDim | None]
+) -> None:
     assert dtype is not None
-    value.type, value.shape = ir.TensorType(dtype), shape
+    value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
 
 
 def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
-    name = name if name.startswith(END) else f"{END}/{name}"
-    tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=name)
-    value = ir.Value(
-        name=name, const_value=tensor, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1])
-    )
-    graph.register_initializer(value)
-    return value
+    """The initializer [1] int64 of this name and value."""
+    name = f"{END}/{name}"
+    if name not in graph.initializers:
+        tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=name)
+        value = ir.Value(name=name, const_value=tensor)
+        _describe(value, tensor.dtype, [1])
+        graph.register_initializer(value)
+    return graph.initializers[name]
