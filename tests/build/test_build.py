@@ -98,8 +98,9 @@ def test_a_build_leaves_the_bundle_alone(small_bundle: Path) -> None:
 
 
 def test_a_recipe_with_options_over_it(
-    lifelike_weights: Path, small_weights: Path, tmp_path: Path
+    lifelike_weights: Path, small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(lifelike_weights, tmp_path / "weights")
     shutil.copy(small_weights / "classes.json", tmp_path / "weights")
     (tmp_path / "recipes").mkdir()

@@ -450,21 +450,15 @@ def test_compute_capabilities_reach_the_engines(
     assert both.manifest.max_batch == 2
 
 
-def write_recipe(folder: Path, weights: list[object], more: str) -> Path:
-    values = dict(zip(weights[::2], weights[1::2], strict=True))
+def write_recipe(folder: Path, more: str) -> Path:
     path = folder / "small.toml"
-    path.write_text(
-        f'checkpoint = "{values["--checkpoint"]}"\n'
-        f'tokenizer = "{values["--tokenizer"]}"\n'
-        f'steps = 4\nprecision = "fp16"\nbackend = "tensorrt-rtx"\n{more}\n'
-    )
+    path.write_text(f'steps = 4\nprecision = "fp16"\nbackend = "tensorrt-rtx"\n{more}\n')
     return path
 
 
 def test_a_recipe_of_engine_options(weights: list[object], tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,
-        weights,
         'compute-capability = ["8.9"]\noptimization-level = 1\nworkspace = 256\nmax-batch = 1',
     )
     seen = []
@@ -475,7 +469,7 @@ def test_a_recipe_of_engine_options(weights: list[object], tmp_path: Path) -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lpd_export.build.build, "compile_graph", compile_seen)
-        assert answer("build", recipe).code == 0
+        assert answer("build", recipe, *weights).code == 0
     options = EngineOptions(
         "tensorrt-rtx", workspace=256, optimization_level=1, compute_capability=("8.9",)
     )
@@ -486,13 +480,11 @@ def test_a_recipe_of_engine_options(weights: list[object], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("value", ['"8.9"', "8.9", "[8.9]", '["8.9", 12]', "true"])
-def test_a_recipe_with_capabilities_of_a_wrong_type(
-    weights: list[object], value: str, tmp_path: Path
-) -> None:
-    recipe = write_recipe(tmp_path, weights, f"compute-capability = {value}")
+def test_a_recipe_with_capabilities_of_a_wrong_type(value: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, f"compute-capability = {value}")
     said = mistake("build", recipe)
     assert said.startswith(
-        f"{recipe}, line 6: compute-capability must be a list of texts in quotes, but it is "
+        f"{recipe}, line 4: compute-capability must be a list of texts in quotes, but it is "
     )
     assert entries(tmp_path) == ["small.toml"]
 
