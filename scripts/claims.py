@@ -19,7 +19,6 @@ greater --samples adds to it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import multiprocessing
@@ -29,7 +28,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -57,6 +56,7 @@ from lpd_export.evaluation.classifier import load as load_classifier
 from lpd_export.evaluation.metrics import Moments, distance_figure, frechet_distance
 from lpd_export.files import sha256, write_atomically
 from lpd_export.images import contact_sheet, save_png
+from lpd_export.runtime.onnxruntime_executor import torch_threads
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.schedule.schedule_file import Schedule
@@ -296,17 +296,6 @@ def work(
 # ----------------------------------------------------------------------------------------- time
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Times are taken in it: how several get on with each other would weigh more than the steps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def measure_times(
     rows: list[Variant], setting: Setting, progress: Progress
 ) -> dict[Variant, float]:
@@ -384,7 +373,8 @@ def measure(setting: Setting, steps: list[int], workers: int) -> Claims:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         work(rows, published, setting, workers, progress)
-        with one_thread():
+        # How several threads get on with each other would weigh more than the steps.
+        with torch_threads(1):
             times = measure_times(rows, setting, progress)
     real, floor = measure_floor(setting, mean_nats(published, True, setting))
     samples = parts(setting.samples)

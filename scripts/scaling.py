@@ -87,7 +87,7 @@ def main(
             bundle = Bundle.open(full_size_bundle(Path(folder), model, res, precision))
             with Pipeline.open(bundle.path, threads=threads) as pipeline:
                 for batch in batches:
-                    rows = list(scaling(bundle, pipeline, (model, res, batch), quick, deadline))
+                    rows = list(scaling(bundle, pipeline, model, batch, quick, deadline))
                     for row in rows:
                         click.echo(f"| {' | '.join(cells(row, rows))} |")
                     found += rows
@@ -96,11 +96,10 @@ def main(
 
 
 def scaling(
-    bundle: Bundle, pipeline: Pipeline, what: tuple[str, int, int], quick: bool, deadline: float
+    bundle: Bundle, pipeline: Pipeline, model: str, batch: int, quick: bool, deadline: float
 ) -> Iterator[Row]:
     """A row for each number of steps, the fewest first: they are the quickest to run."""
-    model, res, batch = what
-    grid = bundle.manifest.model.grid
+    grid, res = bundle.manifest.model.grid, bundle.manifest.resolution
     one_a_step = grid * grid
     wanted = (one_a_step, LPD_STEPS) if quick else (one_a_step, *STEPS)
     for steps in sorted(count for count in set(wanted) if count <= one_a_step):

@@ -64,8 +64,8 @@ JUDGED = (
         "image PSNR (dB)",
         "PSNR of decoded images in dB, the signal's range being 2",
         "FP32's own noise is at 120 dB, and norms of another epsilon are below 105; 8-bit pixels "
-        "are 59 dB from the exact value; 35 dB is a good JPEG, and what images in INT8 have on "
-        "average, of which the worst of 75 had 29.8",
+        "are 59 dB from the exact value; 35 dB is a good JPEG, and what a build in INT8 asks "
+        "of all its images together; the worst of 8 then had 29.97",
         higher_is_better=True,
     ),
     Metric(

@@ -186,6 +186,8 @@ def measure_cpu(threads: int | None = None) -> Device:
     import numpy as np
     import torch
 
+    from lpd_export.runtime.onnxruntime_executor import torch_threads
+
     rows, inputs, outputs = 384, 2048, 2048
     generator = np.random.default_rng(0)
     operations = 2 * rows * inputs * outputs
@@ -198,14 +200,9 @@ def measure_cpu(threads: int | None = None) -> Device:
         values = generator.integers(0, 200, (rows, inputs)).astype(left)
         rates[kind] = operations / _best(_product(operator, weight, values, threads))
     # Its FP16 and BF16 graphs are computed through casts to float32, if at all.
-    before = torch.get_num_threads()
-    try:
-        if threads:
-            torch.set_num_threads(threads)
+    with torch_threads(threads or torch.get_num_threads()):
         array = torch.ones(64 << 20)
         bandwidth = array.nbytes / _best(lambda: array.sum())
-    finally:
-        torch.set_num_threads(before)
     used = threads or os.cpu_count()
     return Device(CPU, f"this CPU, {used} threads", bandwidth, rates, "measured")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,14 @@ def published_recipes() -> dict[str, dict[str, Any]]:
     return recipes
 
 
-def named_recipe(text: str) -> dict[str, Any]:
+def named_recipe(text: str, replaced: Collection[str] = ()) -> dict[str, Any]:
     """The settings of the recipe that a user means: a file of that path, else one of that name.
 
     The bundle of a recipe that is given by name goes to engines/NAME of the working folder.
+
+    Args:
+        text: a path or a name.
+        replaced: settings that the user gives besides, which are left out.
 
     Raises:
         UserError: if there is neither (with the names that come close and all there are), it is
@@ -66,7 +71,8 @@ def named_recipe(text: str) -> dict[str, Any]:
         return settings | {"out": str(BUNDLES / text)}
     if os.path.lexists(text):
         path, ours = Path(text), recipes_folder()
-        return read_recipe(path, ours.parent if path.resolve().parent == ours else None)
+        project = ours.parent if path.resolve().parent == ours else None
+        return read_recipe(path, project, replaced)
     close = difflib.get_close_matches(Path(text).stem.lower(), names)
     meant = f" (did you mean {' or '.join(close)}?)" if close else ""
     raise UserError(

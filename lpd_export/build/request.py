@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -137,12 +137,15 @@ def wanted(name: str) -> str:
     return in_words(BuildRequest.model_json_schema()["properties"][name])
 
 
-def read_recipe(path: Path, project: Path | None = None) -> dict[str, Any]:
+def read_recipe(
+    path: Path, project: Path | None = None, replaced: Collection[str] = ()
+) -> dict[str, Any]:
     """The settings of a recipe by field of BuildRequest; `out` defaults to the recipe's stem.
 
     Args:
         path: of a TOML file.
         project: what it reads lies in here or in its own folder; by default the working folder.
+        replaced: settings that the user gives besides: the recipe's own are not looked up.
 
     Raises:
         UserError: for a file that is not TOML, an unknown key, a wrong value or a path that leads
@@ -171,7 +174,9 @@ def read_recipe(path: Path, project: Path | None = None) -> dict[str, Any]:
     settings = request.model_dump(exclude_unset=True)
     readable = [folder.resolve() for folder in (path.parent, project or Path.cwd())]
     for name in PATHS:
-        if name in settings and not settings[name].startswith(HUB_PREFIX):
+        if name in replaced:
+            settings.pop(name, None)
+        elif name in settings and not settings[name].startswith(HUB_PREFIX):
             file = path.parent / settings[name]
             if "\0" in settings[name] or not any(map(file.resolve().is_relative_to, readable)):
                 raise UserError(

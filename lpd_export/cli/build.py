@@ -106,9 +106,8 @@ def build(
       lpd-export build lpd-l-256 --backend tensorrt-rtx --dry-run
       lpd-export build engines/demo.toml --force
     """
-    settings = named_recipe(recipe) if recipe else {}
-    settings |= {name: value for name, value in options.items() if value not in (None, ())}
-    request = BuildRequest(**settings)
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    request = BuildRequest(**((named_recipe(recipe, given) if recipe else {}) | given))
     from lpd_export.build.refusals import check_request
 
     check_request(request)  # a slip is told before torch is loaded

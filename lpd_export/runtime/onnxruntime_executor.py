@@ -37,14 +37,10 @@ def allowed_cores() -> int:
 
 
 @contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Inside, torch's operations take one thread.
-
-    They are small here, and after each its other threads would spin for a while, on the cores that
-    the graph's next operators need.
-    """
+def torch_threads(count: int) -> Iterator[None]:
+    """Inside, torch's operations on a CPU take so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -109,11 +105,13 @@ class OnnxRuntimeExecutor:
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
-        with (
-            one_torch_thread()
-            if self._side_stream is None
-            else torch.cuda.stream(self._side_stream)
-        ):
+        if self._side_stream is None:
+            # Operations between graphs are small, and after each torch's other threads would spin
+            # for a while, on the cores that the graph's next operators need.
+            with torch_threads(1):
+                yield
+            return
+        with torch.cuda.stream(self._side_stream):
             yield
 
     @cached_property

@@ -222,7 +222,7 @@ def sample(
         token ids [B, Q] int64, and whether all logits were finite [B, Q]: if not, any token.
     """
     logits = logits.float()
-    # Either is NaN if any logit is. `aminmax` would take four times as long on a CPU.
+    # Either is NaN if any logit is. `aminmax` takes some ten times as long on a CPU.
     low, high = logits.amin(dim=-1, keepdim=True), logits.amax(dim=-1, keepdim=True)
     finite = (low.isfinite() & high.isfinite()).squeeze(-1)
     temperature = rows.temperature[:, None, None]

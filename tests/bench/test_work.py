@@ -9,8 +9,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import golden
 from lpd_export.bench.work import Work, generation_work, graph_work, total
 from lpd_export.bundle.manifest import Bundle
+from lpd_export.graphs.contract import CONTEXT_TOKENS, ROWS, TOKENS
+from lpd_export.graphs.export import export_decode
+from lpd_export.graphs.static import make_static
 from lpd_export.schedule.phases import group_sizes, phase_table
 from lpd_reference import PUBLISHED_MODELS, LPDConfig
 
@@ -66,6 +70,20 @@ def test_decode_is_its_closed_form(bundle: str, request: pytest.FixtureRequest) 
             # The few rows of embeddings, biases and norms are the rest.
             products = model.depth * 12 * model.dim**2 + model.dim * model.vocab_size
             assert 1 < part.weights / (products * size) < 1.05
+
+
+def test_a_cache_that_is_not_cut_is_read_whole() -> None:
+    """As engines read it."""
+    model = golden.lpd(golden.read(golden.LPD_NAMES[0]))
+    config, tokens, queries = model.config, 5, 3
+    graph = export_decode(model)
+    make_static(graph, {ROWS: 2, CONTEXT_TOKENS: tokens - queries, TOKENS: tokens})
+    work = graph_work(graph, written_rows=tokens)
+    read = config.cells + 1
+    assert work.operations.total() == decode_operations(
+        config.dim, config.depth, read, config.vocab_size, 2, tokens, queries
+    )
+    assert work.caches == 2 * 2 * config.depth * config.dim * 4 * (read + tokens)
 
 
 def test_quantized_layers_count_as_what_they_are(

@@ -99,6 +99,7 @@ def test_what_a_recipe_reads_is_beside_it_or_in_the_working_folder(
     path = write(folder, line)
     with pytest.raises(UserError, match=r"line 1: checkpoint: .* give it as --checkpoint instead"):
         read_recipe(path)
+    assert "checkpoint" not in read_recipe(path, replaced=["checkpoint"])
     monkeypatch.chdir(tmp_path)
     assert read_recipe(path)["checkpoint"] == f"{folder}/../weights/lpd.pth"
     (folder / "link").symlink_to("/etc")

@@ -40,7 +40,7 @@ def test_a_worker_that_is_killed_leaves_no_gap(small_bundle: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """The address of a Ray that others run, as `ray start --head` starts it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -17,10 +17,10 @@ from scaling import HEADINGS, cells, draw, scaling
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_rows_of_steps(small_bundle: Path, tmp_path: Path, quick: bool) -> None:
-    bundle, what = Bundle.open(small_bundle), ("small", 16, 2)
+    bundle = Bundle.open(small_bundle)
     with Pipeline.open(small_bundle, threads=1) as pipeline:
-        rows = list(scaling(bundle, pipeline, what, quick, math.inf))
-        unrun = list(scaling(bundle, pipeline, what, quick, 0))
+        rows = list(scaling(bundle, pipeline, "small", 2, quick, math.inf))
+        unrun = list(scaling(bundle, pipeline, "small", 2, quick, 0))
     steps = ["16 (raster)"] if quick else ["8 (LPD)", "12 (LPD)", "16 (raster)"]
     told = [cells(row, rows) for row in rows]
     assert [row[2] for row in told] == steps
