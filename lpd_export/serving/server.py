@@ -106,6 +106,8 @@ class Server(uvicorn.Server):
         }
         config = uvicorn.Config(
             make_app(self.models, keys, meters),
+            # With httptools, where it is installed, unknown methods would not reach us.
+            http="h11",
             access_log=False,
             log_level=logging.WARNING,
             lifespan="off",
