@@ -241,10 +241,18 @@ def strict_json(result: Any) -> str:
     return json.dumps(plain(result), indent=1, allow_nan=False, default=str)
 
 
+HASHED_AT_ONCE = 2**23
+"""Bytes. After each chunk a thread may have to wait for another one's Python code: with chunks as
+small as `hashlib.file_digest` takes, a checksum would wait most of the time."""
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

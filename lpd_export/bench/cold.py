@@ -22,9 +22,11 @@ class ColdStart:
     """Seconds of each stage, one after another, and bytes.
 
     Attributes:
-        imports: from the start of the process until all packages are imported.
+        imports: from the start of the process until all packages are imported; on a CPU graphs are
+            loaded meanwhile.
         verify: the manifest is read, and what is used is compared with its checksums.
-        load: graphs become ready to run; of ONNX weights the checksum is taken meanwhile.
+        load: the rest of the graphs become ready to run; of ONNX weights the checksum is taken
+            meanwhile.
         first_image: the first batch of images.
         total: of them all.
         peak_memory: resident at most; on a GPU, what its memory held more in the end.
@@ -61,6 +63,9 @@ def cold_start(bundle: Path, batch: int, device: str | None, threads: int | None
 
 def measure(bundle: str, batch: int, device: str | None, threads: int | None, begun: float) -> None:
     """Makes images and prints a ColdStart as JSON; `begun` is when this process was started."""
+    from lpd_export.runtime.loading import GRAPHS, begin_loading
+
+    begin_loading(bundle, device, threads)  # as the commands do
     import torch
 
     from lpd_export.bundle.manifest import Bundle
@@ -74,7 +79,7 @@ def measure(bundle: str, batch: int, device: str | None, threads: int | None, be
     gpu = executor.device if executor.device.type == "cuda" else None
     free = torch.cuda.mem_get_info(gpu)[0] if gpu else 0
     marks.append(time.monotonic())
-    for graph in ("decode", "detokenize"):
+    for graph in GRAPHS:
         executor.load(graph)
     marks.append(time.monotonic())
     Pipeline(opened.manifest, schedule, executor).generate([0] * batch, batch=batch)

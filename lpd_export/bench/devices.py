@@ -226,7 +226,7 @@ def _product(
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    from lpd_export.runtime.onnxruntime_executor import allowed_cores
+    from lpd_export.runtime.onnxruntime_session import allowed_cores
 
     assert isinstance(weight, np.ndarray)
     assert isinstance(values, np.ndarray)

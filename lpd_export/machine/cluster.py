@@ -15,7 +15,7 @@ from typing import Any
 
 from lpd_export.errors import UserError
 from lpd_export.files import uninterrupted
-from lpd_export.runtime.onnxruntime_executor import allowed_cores
+from lpd_export.runtime.onnxruntime_session import allowed_cores
 
 ANSWER_SECONDS = 5
 

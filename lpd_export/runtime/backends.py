@@ -14,9 +14,8 @@ from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
 from lpd_export.formats import BACKENDS
 from lpd_export.runtime.executor import Executor
+from lpd_export.runtime.loading import WEIGHTS, take_begun
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
-
-WEIGHTS = "onnx/weights.data"
 
 
 def open_executor(
@@ -34,10 +33,19 @@ def open_executor(
     float_type = getattr(torch, manifest.float_type)
     graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
     if not BACKENDS[manifest.backend].compiles:
+        on_cpu = device in (None, "cpu") and profiles is None
+        begun = take_begun(bundle, threads) if on_cpu else None
         # While graphs are loaded: reading and packing weights takes as long as their checksum.
-        verified = bundle.verify_meanwhile(WEIGHTS)
-        files = {graph: bundle.file(name) for graph, name in graphs.items()}
-        return OnnxRuntimeExecutor(files, float_type, device or "cpu", threads, profiles, verified)
+        verified = begun.weights_verified if begun else bundle.verify_meanwhile(WEIGHTS)
+        return OnnxRuntimeExecutor(
+            {graph: bundle.file(name) for graph, name in graphs.items()},
+            float_type,
+            device or "cpu",
+            threads,
+            profiles,
+            verified,
+            begun.sessions if begun else None,
+        )
     if device == "cpu" or threads is not None:
         raise UserError(
             f"{bundle.path} holds {manifest.backend} engines, which run on a GPU: leave out the "

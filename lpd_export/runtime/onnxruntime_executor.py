@@ -7,8 +7,8 @@ torch's operations use, so that nothing has to wait in between.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,11 @@ from torch import Tensor
 
 from lpd_export.errors import GraphError, UserError
 from lpd_export.runtime.executor import Run
+from lpd_export.runtime.onnxruntime_session import PROVIDERS, load_session, session_options
 
 ELEMENT_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory")
 """What of its errors' words tells that memory does not suffice; they have no type that does."""
-
-
-def allowed_cores() -> int:
-    """The cores that this process is confined to; 0, ONNX Runtime's own choice, if to none."""
-    if not hasattr(os, "sched_getaffinity"):  # Linux alone has it
-        return 0
-    allowed = len(os.sched_getaffinity(0))
-    # ONNX Runtime does not ask: in a container with one core of 64 it would start 32 threads.
-    return 0 if allowed == os.cpu_count() else allowed
 
 
 @contextlib.contextmanager
@@ -69,6 +60,7 @@ class OnnxRuntimeExecutor:
         profiles: a folder for what ONNX Runtime's profiler finds (see `take_profiles`).
         weights_verified: waits until the weights that the files refer to are verified, and raises
             UserError if they are damaged; no graph is loaded for use before.
+        begun: sessions on the CPU, with these threads, that are being loaded already.
 
     Raises:
         UserError: if ONNX Runtime has no provider for the device here.
@@ -84,9 +76,11 @@ class OnnxRuntimeExecutor:
         threads: int | None = None,
         profiles: Path | None = None,
         weights_verified: Callable[[], None] = lambda: None,
+        begun: Mapping[str, Future[onnxruntime.InferenceSession]] | None = None,
     ) -> None:
         self._profiles = profiles
         self._weights_verified = weights_verified
+        self._begun = dict(begun or {})
         self.float_type = float_type
         self.device = torch.device(device)
         self._files = dict(files)
@@ -122,21 +116,6 @@ class OnnxRuntimeExecutor:
         return work
 
     @cached_property
-    def _options(self) -> onnxruntime.SessionOptions:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads or allowed_cores()
-        # Every phase has shapes of its own: a remembered allocation pattern would only hold memory.
-        options.enable_mem_pattern = False
-        # In an FP32 graph a product with few-bit weights is computed on 8-bit activations, which is
-        # what makes it fast; in an FP16 graph, as an engine has it, on the activations as they are.
-        level = "4" if self.float_type == torch.float32 else "0"
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
-        # A thread that spins until there is work again takes the core from whoever has some.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # what it would log as errors, it raises too
-        return options
-
-    @cached_property
     def _provider(self) -> tuple[str, dict[str, Any]]:
         stream = self._side_stream
         options = {}
@@ -151,23 +130,21 @@ class OnnxRuntimeExecutor:
             UserError: if this version of ONNX Runtime cannot run the file, or it is damaged.
         """
         if graph not in self._sessions:
-            if self._profiles is not None:
-                self._options.enable_profiling = True
-                self._options.profile_file_prefix = str(self._profiles / graph)
             try:
-                session = onnxruntime.InferenceSession(
-                    self._files[graph], self._options, providers=[self._provider]
-                )
-            except Exception as error:  # its errors have no common base but Exception
+                session = self._session(graph)
+            finally:
+                # Of damaged weights nothing is used, nor is another reason given.
                 self._weights_verified()
-                reason = str(error).splitlines()[0]
-                raise UserError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load {self._files[graph]}: "
-                    f"{reason}"
-                ) from error
-            self._weights_verified()
             self._sessions[graph] = session
         return self._sessions[graph]
+
+    def _session(self, graph: str) -> onnxruntime.InferenceSession:
+        if graph in self._begun:
+            return self._begun[graph].result()
+        profile = self._profiles / graph if self._profiles is not None else None
+        float_type = np.dtype(ELEMENT_TYPES[self.float_type]).name
+        options = session_options(float_type, self._threads, profile)
+        return load_session(self._files[graph], options, self._provider)
 
     def take_profiles(self) -> dict[str, Path]:
         """Ends profiling: by graph, the file that ONNX Runtime's profiler wrote."""

@@ -27,6 +27,7 @@ from lpd_export.runtime.backends import open_executor
 from lpd_export.runtime.editing import Box, Edit, Source, select
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Generator, Step
+from lpd_export.runtime.loading import GRAPHS
 from lpd_export.runtime.memory import check_memory
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
@@ -131,7 +132,7 @@ class Pipeline:
         schedule = opened.schedule()
         executor = open_executor(opened, device, threads)
         # Loaded now, so that the first image is not slower than the rest.
-        for graph in ("decode", "detokenize"):
+        for graph in GRAPHS:
             executor.load(graph)
         return cls(opened.manifest, schedule, executor, mutual_visibility)
 

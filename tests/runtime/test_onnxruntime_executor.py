@@ -7,11 +7,8 @@ import os
 import pytest
 import torch
 
-from lpd_export.runtime.onnxruntime_executor import (
-    OnnxRuntimeExecutor,
-    allowed_cores,
-    cuda_options,
-)
+from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor, cuda_options
+from lpd_export.runtime.onnxruntime_session import allowed_cores
 
 
 def test_cuda_computes_fp32_in_fp32() -> None:

@@ -1,0 +1,75 @@
+"""Sessions of ONNX Runtime: how a graph is loaded, without torch.
+
+Knows their settings. What is bound to a session is the executor's, which is in
+`onnxruntime_executor`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from lpd_export.errors import UserError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def allowed_cores() -> int:
+    """The cores that this process is confined to; 0, ONNX Runtime's own choice, if to none."""
+    if not hasattr(os, "sched_getaffinity"):  # Linux alone has it
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    # ONNX Runtime does not ask: in a container with one core of 64 it would start 32 threads.
+    return 0 if allowed == os.cpu_count() else allowed
+
+
+def session_options(
+    float_type: str, threads: int | None, profile: Path | None = None
+) -> onnxruntime.SessionOptions:
+    """The settings of a session.
+
+    Args:
+        float_type: of the graph, "float32" or "float16".
+        threads: for the operators on a CPU; by default those of `allowed_cores`.
+        profile: how the files begin that ONNX Runtime's profiler is to write.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or allowed_cores()
+    # Every phase has shapes of its own: a remembered allocation pattern would only hold memory.
+    options.enable_mem_pattern = False
+    # In an FP32 graph a product with few-bit weights is computed on 8-bit activations, which is
+    # what makes it fast; in an FP16 graph, as an engine has it, on the activations as they are.
+    level = "4" if float_type == "float32" else "0"
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+    # A thread that spins until there is work again takes the core from whoever has some.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # what it would log as errors, it raises too
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return options
+
+
+def load_session(
+    file: Path, options: onnxruntime.SessionOptions, provider: tuple[str, dict[str, Any]]
+) -> onnxruntime.InferenceSession:
+    """Loads a graph.
+
+    Args:
+        file: the ONNX file.
+        options: of the session.
+        provider: where it runs, and the provider's own options.
+
+    Raises:
+        UserError: if this version of ONNX Runtime cannot run the file, or it is damaged.
+    """
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=[provider])
+    except Exception as error:  # its errors have no common base but Exception
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {file}: {reason}"
+        ) from error
