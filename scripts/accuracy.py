@@ -1,7 +1,7 @@
 """Verifies bundles of every precision, and prints the table of docs/verification.md.
 
     python scripts/accuracy.py                  # the demo model, 64 images
-    python scripts/accuracy.py --model grown    # the demo at lpd-l's width and depth, 8 images
+    python scripts/accuracy.py --model wide     # the demo grown to lpd-l's width, 8 images
     python scripts/accuracy.py --model outliers-200    # its function, with large channels
 
 Bundles are built below --folder if they are not there, and kept. Graphs are run by ONNX Runtime
@@ -32,7 +32,7 @@ from lpd_export.runtime.backends import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 GROWN = {
-    "grown": [],
+    "wide": ["--depth-factor", "1"],
     **{
         f"outliers-{factor}": [
             *("--copies", "1", "--depth-factor", "1", "--perturbation", "0"),

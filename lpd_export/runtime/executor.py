@@ -28,6 +28,10 @@ class Executor(Protocol):
         """The type of the graphs' float inputs and outputs, all but the logits (float32)."""
 
     @property
+    def threads(self) -> int:
+        """How many may compute at once on the CPU, where that is the device."""
+
+    @property
     def records(self) -> bool:
         """Whether `record` gives a recording; work that is replayed cannot tell its progress."""
 
@@ -63,6 +67,7 @@ class ExecutorAround:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self.device, self.float_type = executor.device, executor.float_type
+        self.threads = executor.threads
 
     def stream(self) -> AbstractContextManager[None]:
         """As of the other."""

@@ -85,6 +85,7 @@ class OnnxRuntimeExecutor:
         self.device = torch.device(device)
         self._files = dict(files)
         self._threads = threads
+        self.threads = threads or torch.get_num_threads()
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         provider = PROVIDERS[self.device.type]
         if provider not in onnxruntime.get_available_providers():

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
 from typing import NamedTuple, Self, get_args
@@ -116,7 +117,12 @@ DrawStep = Callable[[Tensor, StepCells, SamplingRows, bool, bool], None]
 
 
 def draw_step(
-    logits: Tensor, cells: StepCells, rows: SamplingRows, guided: bool, filtered: bool
+    logits: Tensor,
+    cells: StepCells,
+    rows: SamplingRows,
+    guided: bool,
+    filtered: bool,
+    threads: int = 1,
 ) -> None:
     """Draws the tokens of a step into `cells`.
 
@@ -126,26 +132,43 @@ def draw_step(
         rows: the settings of each image.
         guided: whether there are null rows.
         filtered: whether any image has a filter.
+        threads: that draw at once on a CPU, each for other cells.
     """
     images, queries = cells.tokens.shape
     together = queries
     if logits.device.type == "cpu":
         together = max(1, IN_CACHE // (images * logits.shape[-1]))
-    for first in range(0, queries, together):
+    inference = torch.is_inference_mode_enabled()  # of this thread
+
+    def draw(first: int) -> None:
         of_some = logits[:, first : first + together]
         some = StepCells(*(view[:, first : first + together] for view in cells))
-        guided_logits = guide(of_some, some.scale) if guided else of_some
-        drawn, finite = sample(guided_logits, some.uniform, rows, filtered)
-        some.finite.copy_(finite)
-        torch.where(some.given < 0, drawn, some.given, out=some.tokens)
+        with torch.inference_mode(inference):
+            guided_logits = guide(of_some, some.scale) if guided else of_some
+            drawn, finite = sample(guided_logits, some.uniform, rows, filtered)
+            some.finite.copy_(finite)
+            torch.where(some.given < 0, drawn, some.given, out=some.tokens)
+
+    firsts = range(0, queries, together)
+    in_parts = _drawing_threads(threads).map if threads > 1 and len(firsts) > 1 else map
+    for _ in in_parts(draw, firsts):
+        pass  # what went wrong in a part is raised here
 
 
 @cache
-def choose_draw_step(device: torch.device) -> DrawStep:
+def _drawing_threads(count: int) -> ThreadPoolExecutor:
+    """Threads on each of which torch computes alone."""
+    return ThreadPoolExecutor(count, "draw", torch.set_num_threads, (1,))
+
+
+@cache
+def choose_draw_step(device: torch.device, threads: int = 1) -> DrawStep:
     """How to draw on a device: `draw_step`, or the same in one or two kernels on a GPU with Triton.
 
     The kernels are tried first, against `draw_step`; a RuntimeWarning says why they are not used.
     """
+    if device.type == "cpu" and threads > 1:
+        return partial(draw_step, threads=threads)
     if device.type != "cuda" or find_spec("triton") is None:
         return draw_step
     try:

@@ -73,6 +73,7 @@ class TensorRTExecutor:
         self.trt = import_tensorrt(backend)
         self.device = find_gpu(device)
         self.float_type = float_type
+        self.threads = 1
         self.records = True  # until a capture fails
         self.logger = make_logger(self.trt)
         self._engine_files = dict(engines)

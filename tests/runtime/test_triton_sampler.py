@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def test_a_whole_generation_is_the_same(
     requests = [ImageRequest(i, seed=i, sampling=each) for i, each in enumerate(samplings)]
     with Pipeline.open(small_bundle) as pipeline:
         expected = list(pipeline.stream(requests, batch=3))
-        monkeypatch.setattr(generator, "choose_draw_step", lambda device: triton_sampler.draw_step)
+        monkeypatch.setattr(generator, "choose_draw_step", lambda *_: triton_sampler.draw_step)
         found = list(pipeline.stream(requests, batch=3))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
@@ -245,3 +246,29 @@ def test_kernels_compile_for_a_gpu_and_round_as_the_plain_sampler(tmp_path: Path
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_threads_draw_what_one_draws(filtered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "IN_CACHE", 100)  # a cell at a time
+    logits = normal(3)(torch.Generator().manual_seed(0), 4, 9, 60)
+    uniform = torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    samplings = [Sampling(cfg=3, top_k=7 if filtered else None), Sampling(temperature=2)]
+    threads: set[int] = set()
+    of_one_thread = sampler.sample
+
+    def sample(*arguments: Any) -> tuple[Tensor, Tensor]:
+        threads.add(threading.get_ident())
+        return of_one_thread(*arguments)
+
+    monkeypatch.setattr(sampler, "sample", sample)
+    with torch.inference_mode():
+        expected, _ = drawn(sampler.draw_step, logits, uniform, samplings, guided=True)
+        assert threads == {threading.get_ident()}
+        together = choose_draw_step(torch.device("cpu"), 3)
+        tokens, _ = drawn(together, logits, uniform, samplings, guided=True)
+    assert tokens.equal(expected)
+    assert len(threads) > 1
+    monkeypatch.setattr(sampler, "sample", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        drawn(together, logits, uniform, samplings, guided=True)
