@@ -40,7 +40,12 @@ from lpd_export.formats import (
 from lpd_export.graphs import export
 from lpd_export.precision.casting import lower
 from lpd_export.precision.quantization import quantizable_layers, quantize
-from lpd_export.precision.weight_only import WeightRounder, halve_embedding, quantize_weights
+from lpd_export.precision.weight_only import (
+    WeightRounder,
+    halve_embedding,
+    quantize_embedding,
+    quantize_weights,
+)
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
 
@@ -58,7 +63,8 @@ def write_levels(exact: Path, precision: Precision, backend: Backend, out: Path)
             quantize(model, dict.fromkeys(layers, 1.0), backend.unsigned, kind)
         elif kind is not None:
             quantize_weights(model, dict.fromkeys(layers, kind), WeightRounder({}))
-            halve_embedding(model)
+            store_embedding = quantize_embedding if backend.compiles else halve_embedding
+            store_embedding(model)
     out.mkdir()
     export.write_models(models, out)
 

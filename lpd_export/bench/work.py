@@ -23,7 +23,7 @@ PREFILL, SAMPLING, DETOKENIZE, PIXELS = "prefill", "sampling", "detokenize", "pi
 """The parts of a generation beside its steps, which are called `step 2` and so on."""
 
 LOOKED_UP = ("Gather",)
-"""Operators that read of a table only the rows that they give."""
+"""Operators that read of a table only the rows that they give; of one on levels, the same."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,11 @@ def _weight_bytes(graph: ir.Graph) -> int:
     total = 0
     for value in graph.initializers.values():
         users = [use.node for use in value.uses()]
-        if all(node.op_type in LOOKED_UP and node.inputs[0] is value for node in users):
-            total += sum(_bytes(node.outputs[0]) for node in users)
+        if len(users) == 1 and users[0].op_type == "DequantizeLinear":
+            users = [use.node for use in users[0].outputs[0].uses()]
+        if all(node.op_type in LOOKED_UP and value not in node.inputs[1:] for node in users):
+            rows = sum(prod(_sizes(_input(node, 1))) for node in users)
+            total += rows * _bytes(value) // _sizes(value)[0]
         else:
             total += _bytes(value)
     return total

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lpd_export.errors import UserError
-from lpd_export.formats import Precision, Quantization
+from lpd_export.formats import INT8_WEIGHTS, Precision, Quantization
+from lpd_export.graphs import contract
 from lpd_export.precision.quantization import STORED, Layer, quantizable_layers
 from lpd_export.precision.rounding import Levels, round_weight
 from lpd_export.precision.sensitivity import MOST_KEPT, Chooser, GraphDecision, next_trial
@@ -148,6 +149,44 @@ def halve_embedding(model: ir.Model) -> None:
         ir.convenience.replace_all_uses_with(rows, back.outputs[0])
         back.replace_input_with(0, rows)
         graph.insert_after(node, back)
+
+
+def quantize_embedding(model: ir.Model) -> None:
+    """Stores the table of token embeddings as INT8, each row with a scale, in place.
+
+    For TensorRT, which fuses the DequantizeLinear with what looks rows up and so reads no others;
+    ONNX Runtime would compute the whole table in every step.
+    """
+    graph = model.graph
+    for node in list(graph):
+        table = node.inputs[0]
+        if node.op_type != "Gather" or table is None or table.const_value is None:
+            continue
+        indices = node.inputs[1]
+        if indices is None or indices.name != contract.TOKEN_IDS:
+            continue
+        content, float_type = table.const_value.numpy(), table.dtype
+        assert float_type is not None
+        weight = torch.from_numpy(content.astype(np.float32)).T  # a row is an output
+        half = content.dtype == np.float16
+        levels = levels_of(INT8_WEIGHTS, torch.float16 if half else torch.float32)
+        scales = levels.scales(weight)
+        rows = levels.round(weight, scales).T.contiguous().to(torch.int8)
+        stored = _constant(graph, f"{table.name}/levels", ir.tensor(rows.numpy()))
+        steps = ir.tensor(scales.numpy().astype(content.dtype), dtype=float_type)
+        name = f"{table.name}/DequantizeLinear"
+        back = ir.node(
+            "DequantizeLinear",
+            [stored, _constant(graph, f"{table.name}/scales", steps)],
+            {"axis": 0},
+            name=name,
+        )
+        back.outputs[0].name, back.outputs[0].dtype = name, float_type
+        back.outputs[0].shape = table.shape
+        graph.insert_before(node, back)
+        node.replace_input_with(0, back.outputs[0])
+        if not table.uses():
+            del graph.initializers[str(table.name)]
 
 
 class WeightRounder:

@@ -43,10 +43,18 @@ from lpd_export.precision.weight_only import (
     WeightRounder,
     choose_weights,
     halve_embedding,
+    quantize_embedding,
     quantize_weights,
 )
 from lpd_export.progress import Report
-from lpd_export.runtime import generator, onnxruntime_executor, pipeline, randomness, sampler
+from lpd_export.runtime import (
+    generator,
+    onnxruntime_executor,
+    onnxruntime_session,
+    pipeline,
+    randomness,
+    sampler,
+)
 from lpd_export.schedule.schedule_file import Schedule
 
 MEASURING = (
@@ -56,6 +64,7 @@ MEASURING = (
     quantization,
     generator,
     onnxruntime_executor,
+    onnxruntime_session,
     pipeline,
     randomness,
     sampler,
@@ -130,7 +139,8 @@ class PrecisionWriter:
                 quantize(model, ranges, BACKENDS[backend].unsigned, kind)
         if weights:
             quantize_weights(models["decode"], weights, rounder)
-            halve_embedding(models["decode"])
+            store_embedding = quantize_embedding if BACKENDS[backend].compiles else halve_embedding
+            store_embedding(models["decode"])
         out.mkdir()
         export.write_models(models, out)
         return decided

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -15,16 +16,29 @@ import torch
 
 import golden
 from commandline import answer
+from lpd_export.bench.work import graph_work
 from lpd_export.bundle import inspection
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
-from lpd_export.formats import INT4_WEIGHTS, INT8_WEIGHTS, PRECISIONS, Quantization
+from lpd_export.formats import (
+    FLOAT16,
+    FLOAT32,
+    INT4_WEIGHTS,
+    INT8_WEIGHTS,
+    PRECISIONS,
+    FloatType,
+    Quantization,
+)
 from lpd_export.graphs import export
+from lpd_export.graphs.contract import CONTEXT_TOKENS, ROWS, TOKENS
+from lpd_export.graphs.static import make_static
+from lpd_export.precision.casting import lower
 from lpd_export.precision.quantization import quantizable_layers
 from lpd_export.precision.sensitivity import Chooser, Target
 from lpd_export.precision.weight_only import (
     WeightRounder,
     choose_weights,
+    quantize_embedding,
     quantize_weights,
     simulate_weight,
 )
@@ -203,6 +217,40 @@ def test_a_weights_worth_is_found_with_its_levels(exact: Path, tmp_path: Path) -
     assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("float_type", [FLOAT32, FLOAT16])
+def test_each_row_of_embeddings_has_a_scale(exact: Path, float_type: FloatType) -> None:
+    model = ir.load(exact)
+    lower(model, float_type)
+    table = model.graph.initializers["embedding"].const_value
+    assert table is not None
+    before = table.numpy().astype(np.float64)
+    whole = graph_work(sized(model)).weights
+    quantize_embedding(model)
+    assert "embedding" not in model.graph.initializers
+    levels, scales = (
+        model.graph.initializers[f"embedding/{name}"].const_value for name in ("levels", "scales")
+    )
+    assert levels is not None
+    assert scales is not None
+    assert levels.numpy().dtype == np.int8
+    assert scales.numpy().dtype == float_type.torch
+    step = scales.numpy().astype(np.float64)[:, None]
+    error = np.abs(levels.numpy() * step - before)
+    assert (error <= 0.51 * step).all()
+    assert (step <= 1.001 * np.abs(before).max(axis=1, keepdims=True) / 127).all()
+    # A step reads the rows of its tokens, with their scales, and no others.
+    rows, width = 2 * 3, before.shape[1]
+    saved = rows * (width * (float_type.size - 1) - float_type.size)
+    assert whole - graph_work(sized(model)).weights == saved
+
+
+def sized(model: ir.Model) -> ir.Model:
+    """A copy for 2 rows of 3 context tokens and 2 queries."""
+    copied = ir.from_proto(ir.to_proto(model))
+    make_static(copied, {ROWS: 2, CONTEXT_TOKENS: 3, TOKENS: 5})
+    return copied
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8-weights", "int4-weights"])
 def test_a_bundle_is_built_run_and_verified(
@@ -233,4 +281,10 @@ def test_engines_take_blocks_of_four_bits(
     engine = Bundle.open(folder).manifest.engines["decode"]
     assert engine["decomposable_attentions"] == 0
     assert engine["cache_updates"] == 2 * engine["attentions"]
+    # Of embeddings the rows that are looked up become floats, in the kernel that looks them up.
+    levels = re.findall(
+        r"LayerType.*embedding/levels.*", (folder / "engines/decode.log").read_text()
+    )
+    assert levels
+    assert all("[ONNX Layer: Gather]" in kernel for kernel in levels)
     answer("verify", folder, "--onnx", "--images", 1, "--out", tmp_path / "report")
