@@ -239,12 +239,14 @@ class Precision:
         return self.throughout.roundoff
 
 
-INT8 = Quantization("INT8", "INT8", "INT8", bits=8, largest=127, roundoff=1 / 254)
 # Three bits of mantissa: the largest two numbers, 416 and 448, are 32 apart.
 FP8 = Quantization("FP8", "FLOAT8E4M3FN", "FLOAT8E4M3FN", bits=8, largest=448, roundoff=16 / 448)
 # Blocks of 32: on a CPU, activations are rounded within a block too.
 INT8_WEIGHTS = Quantization(
     "INT8 weights", "INT8", "", bits=8, largest=127, roundoff=1 / 254, block=32
+)
+INT8 = Quantization(
+    "INT8", "INT8", "INT8", bits=8, largest=127, roundoff=1 / 254, kept=INT8_WEIGHTS
 )
 INT4_WEIGHTS = Quantization(
     "INT4 weights", "INT4", "", bits=4, largest=7, roundoff=1 / 14, block=64, kept=INT8_WEIGHTS

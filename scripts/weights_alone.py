@@ -38,14 +38,14 @@ from lpd_export.formats import (
     Precision,
 )
 from lpd_export.graphs import export
-from lpd_export.precision.casting import lower
-from lpd_export.precision.quantization import quantizable_layers, quantize
-from lpd_export.precision.weight_only import (
+from lpd_export.precision.block_weights import (
     WeightRounder,
     halve_embedding,
     quantize_embedding,
     quantize_weights,
 )
+from lpd_export.precision.casting import lower
+from lpd_export.precision.quantization import quantizable_layers, quantize
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
 

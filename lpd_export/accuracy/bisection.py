@@ -34,8 +34,8 @@ from lpd_export.formats import BACKENDS, PRECISIONS, FloatType, Precision
 from lpd_export.graphs import export
 from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.casting import lower
-from lpd_export.precision.convolutions import Spans, quantize_convolutions
-from lpd_export.precision.quantization import quantize
+from lpd_export.precision.convolutions import Spans
+from lpd_export.precision.quantized_graph import quantize_graph
 from lpd_export.precision.writer import calibrate, spans_for
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -172,11 +172,9 @@ class Bisector:
         """Whether a graph with these layers quantized keeps the limits."""
         model = ir.load(self._exact / f"{graph}.onnx")
         lower(model, self._float_type)
-        if graph in self._spans:
-            quantize_convolutions(model, ranges, self._spans[graph])
         kind = self._precision.quantization_of(graph)
-        assert kind is not None
-        quantize(model, ranges, unsigned=True, kind=kind)
+        kept_as = kind.kept if kind and graph == "decode" else None
+        quantize_graph(model, graph, self._precision, ranges, self._spans, True, kept_as)
         self._scratch.mkdir(parents=True, exist_ok=True)
         export.write_models({graph: model}, self._scratch)
         held = self._judge(graph, self._scratch / f"{graph}.onnx", whole)

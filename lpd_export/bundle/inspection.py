@@ -118,7 +118,8 @@ def calibration_lines(manifest: Manifest) -> Iterator[str]:
             yield f"  {'':10} by layers in higher precision: {curve}"
         if kept:
             more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
-            yield f"  {'':10} in higher precision, above all: {', '.join(kept[:3])}{more}"
+            kind = decision.get("kept_as") or "higher precision"
+            yield f"  {'':10} in {kind}, above all: {', '.join(kept[:3])}{more}"
 
 
 def engine_lines(manifest: Manifest) -> Iterator[str]:

@@ -165,6 +165,8 @@ class QuantizationDecision(TypedDict):
     limit: float
     trials: NotRequired[Sequence[Annotated[Sequence[Finite], Field(min_length=2, max_length=2)]]]
     """Pairs: how many layers are kept, and the measure then."""
+    kept_as: NotRequired[str]
+    """What the weights of kept layers are stored as, if not as they are."""
 
 
 @with_config(RECORD)

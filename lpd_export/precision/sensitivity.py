@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
 from lpd_export.errors import UserError
-from lpd_export.formats import FLOAT32, PRECISIONS, FloatType
+from lpd_export.formats import FLOAT32, PRECISIONS, FloatType, Quantization
 from lpd_export.graphs import export
 from lpd_export.precision.calibration import (
     SEED,
@@ -31,8 +31,9 @@ from lpd_export.precision.calibration import (
     spread_labels,
 )
 from lpd_export.precision.casting import lower
-from lpd_export.precision.convolutions import Spans, quantize_convolutions, shares_of_work
-from lpd_export.precision.quantization import Layer, quantize, simulate_layer
+from lpd_export.precision.convolutions import Spans, shares_of_work
+from lpd_export.precision.quantization import Layer, simulate_layer
+from lpd_export.precision.quantized_graph import quantize_graph
 from lpd_export.precision.worth import Simulation, worth_of_layers
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -88,6 +89,8 @@ class GraphDecision:
     limit: float
     trials: list[tuple[int, float]] = field(default_factory=list)
     """How many layers were kept and what the measure was, in the order of trial."""
+    kept_as: str = ""
+    """What the weights of layers that are kept are stored as, if not as they are."""
 
 
 class Chooser:
@@ -116,6 +119,7 @@ class Chooser:
         self.targets = TARGETS | {"decode": Target(divergence, precision.divergence, at_most=True)}
         self._graphs = graphs
         self._scratch = scratch
+        self._worth: dict[str, float] = {}
         # These graphs take any batch, whatever engines are to take.
         self._manifest = dataclasses.replace(manifest, max_batch=None)
         self._schedule = schedule
@@ -147,19 +151,51 @@ class Chooser:
         Raises:
             UserError: if the transformer does not stand the precision at all.
         """
+        for kept_as in self._kinds_of_kept(graph):
+            found = self._search(graph, layers, kept_as, report)
+            if found is not None:
+                return found
+        target = self.targets[graph]
+        raise UserError(
+            f"{self._precision.name} changes this model too much: with half of its layers kept in "
+            f"higher precision the {target.measure} is above {target.limit}; use --precision fp16"
+        )
+
+    def _kinds_of_kept(self, graph: str) -> Sequence[Quantization | None]:
+        """What layers that are kept may be stored as, in the order of trial."""
+        kind = self._precision.quantization_of(graph)
+        if graph == "decode" and kind and kind.kept:
+            # Where values of few channels are far larger than others, a CPU rounds too much so.
+            return kind.kept, None
+        return (None,)
+
+    def _search(
+        self,
+        graph: str,
+        layers: Mapping[str, LayerMeasurement],
+        kept_as: Quantization | None,
+        report: Report,
+    ) -> tuple[dict[str, float], GraphDecision] | None:
+        """As `choose`; None if half of the layers of the transformer are not enough."""
         target, trials = self.targets[graph], []
         ranking = [*layers][-1:]
         kept = 0
         while True:
             left_out = set(ranking[:kept])
             ranges = {n: m.activation_range for n, m in layers.items() if n not in left_out}
-            value = self._try(graph, ranges)
+            value = self._try(graph, ranges, kept_as)
             trials.append((kept, value))
             report(f"{graph}: {len(ranges)} of {len(layers)} layers, {target.measure} {value:.4g}")
             if target.met(value):
                 noise = {node: layers[node].noise for node in ranking[:kept]}
                 decision = GraphDecision(
-                    len(layers), noise, target.measure, value, target.limit, trials
+                    len(layers),
+                    noise,
+                    target.measure,
+                    value,
+                    target.limit,
+                    trials,
+                    kept_as.title if kept_as else "",
                 )
                 return ranges, decision
             if graph != "decode":
@@ -169,17 +205,11 @@ class Chooser:
                     report(f"{graph}: measuring what each layer does to the whole graph")
                     ranking += self._most_harmful_first(graph, layers, ranking)
                 continue
-            if not kept:
-                worth = self.worth(layers, self._simulation(layers))
-                ranking = [*worth]
-            elif kept >= MOST_KEPT * len(layers):
-                break
-            kept = next_trial([*worth.values()], kept, value, target.limit)
-        raise UserError(
-            f"{self._precision.name} changes this model too much: with half of its layers kept in "
-            f"higher precision the {target.measure} is {value:.3g}, above {target.limit}; use "
-            "--precision fp16"
-        )
+            if kept >= MOST_KEPT * len(layers):
+                return None
+            self._worth = self._worth or self.worth(layers, self._simulation(layers))
+            ranking = [*self._worth]
+            kept = next_trial([*self._worth.values()], kept, value, target.limit)
 
     def _simulation(self, layers: Mapping[str, LayerMeasurement]) -> Simulation:
         """Of layers whose activations are rounded as well."""
@@ -215,7 +245,7 @@ class Chooser:
         """
         work = shares_of_work(ir.load(self._graphs / f"{graph}.onnx"))
         values = {
-            node: self._try(graph, {node: layer.activation_range}, RANKING_SHARE)
+            node: self._try(graph, {node: layer.activation_range}, share=RANKING_SHARE)
             for node, layer in layers.items()
             if node not in known
         }
@@ -232,19 +262,27 @@ class Chooser:
         """As `choose`, with the layers to keep decided elsewhere; what they give is measured."""
         target = self.targets[graph]
         ranges = {n: m.activation_range for n, m in layers.items() if n not in kept}
-        value = self._try(graph, ranges)
+        kept_as = self._kinds_of_kept(graph)[0]
+        value = self._try(graph, ranges, kept_as)
         report(f"{graph}: {len(ranges)} of {len(layers)} layers, {target.measure} {value:.4g}")
         noise = {node: layers[node].noise for node in kept}
-        return ranges, GraphDecision(len(layers), noise, target.measure, value, target.limit)
+        title = kept_as.title if kept_as else ""
+        return ranges, GraphDecision(
+            len(layers), noise, target.measure, value, target.limit, kept_as=title
+        )
 
-    def _try(self, graph: str, ranges: Mapping[str, float], share: float = 1) -> float:
+    def _try(
+        self,
+        graph: str,
+        ranges: Mapping[str, float],
+        kept_as: Quantization | None = None,
+        share: float = 1,
+    ) -> float:
         """The target's measure with these layers quantized, over a share of the images."""
         model = self.model(graph)
-        if graph in self._spans:
-            quantize_convolutions(model, ranges, self._spans[graph])
-        kind = self._precision.quantization_of(graph)
-        assert kind is not None
-        quantize(model, ranges, unsigned=True, kind=kind)
+        quantize_graph(
+            model, graph, self._precision, ranges, self._spans, unsigned=True, kept_as=kept_as
+        )
         return self.measure(graph, model, share)
 
     def model(self, graph: str) -> ir.Model:

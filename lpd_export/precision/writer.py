@@ -27,6 +27,12 @@ from lpd_export.formats import BACKENDS, FLOAT32, INT8, PRECISIONS, Precision, Q
 from lpd_export.graphs import export
 from lpd_export.precision import calibration as calibration_module
 from lpd_export.precision import convolutions, equalization, quantization
+from lpd_export.precision.block_weights import (
+    WeightRounder,
+    halve_embedding,
+    quantize_embedding,
+    quantize_weights,
+)
 from lpd_export.precision.calibration import (
     BATCH,
     SEED,
@@ -35,17 +41,12 @@ from lpd_export.precision.calibration import (
     calibration_images,
 )
 from lpd_export.precision.casting import HEADROOM, check_ranges, lower
-from lpd_export.precision.convolutions import Spans, quantize_convolutions
+from lpd_export.precision.convolutions import Spans
 from lpd_export.precision.equalization import equalize_graphs, equalized_ranges, range_scales
-from lpd_export.precision.quantization import CLIPPING, quantizable_layers, quantize
+from lpd_export.precision.quantization import CLIPPING, quantizable_layers
+from lpd_export.precision.quantized_graph import quantize_graph
 from lpd_export.precision.sensitivity import Chooser
-from lpd_export.precision.weight_only import (
-    WeightRounder,
-    choose_weights,
-    halve_embedding,
-    quantize_embedding,
-    quantize_weights,
-)
+from lpd_export.precision.weight_only import choose_weights
 from lpd_export.progress import Report
 from lpd_export.runtime import (
     generator,
@@ -105,7 +106,7 @@ class PrecisionWriter:
         if float_type != FLOAT32:
             check_ranges(calibration.ranges, float_type)
         spans = spans_for(backend, calibration)
-        quantized: dict[str, dict[str, float]] = {}
+        quantized: dict[str, tuple[dict[str, float], Quantization | None]] = {}
         rounder = WeightRounder({})
         weights: dict[str, Quantization] = {}
         decided: CalibrationRecord = {"largest_values": largest_values(calibration)}
@@ -125,20 +126,21 @@ class PrecisionWriter:
                     chosen = chooser.keep(graph, layers, self.kept_layers[graph], report)
                 else:
                     chosen = chooser.choose(graph, layers, report)
-                quantized[graph], decision = chosen
+                ranges, decision = chosen
+                quantized[graph] = ranges, quantization.kept if decision.kept_as else None
                 decided["quantization"][graph] = dataclasses.asdict(decision)  # type: ignore[assignment]
         shutil.rmtree(self.scratch)
         report(f"writing {precision.name} weights")
         models = {graph: ir.load(self.exact / f"{graph}.onnx") for graph in GRAPH_NAMES}
         for graph, model in models.items():
             lower(model, float_type)
-            ranges = quantized.get(graph, {})
-            if graph in spans:
-                quantize_convolutions(model, ranges, spans[graph])
-            if kind := precision.quantization_of(graph):
-                quantize(model, ranges, BACKENDS[backend].unsigned, kind)
+            unsigned = BACKENDS[backend].unsigned
+            if graph in quantized:
+                ranges, kept_as = quantized[graph]
+                quantize_graph(model, graph, precision, ranges, spans, unsigned, kept_as)
         if weights:
             quantize_weights(models["decode"], weights, rounder)
+        if quantization:
             store_embedding = quantize_embedding if BACKENDS[backend].compiles else halve_embedding
             store_embedding(models["decode"])
         out.mkdir()

@@ -100,7 +100,7 @@ def test_layers_of_engines_are_summed_by_graph() -> None:
             self.tell("fc2", 1.0)
 
     class Engines:
-        device, float_type = torch.device("cpu"), torch.float16
+        device, float_type, threads = torch.device("cpu"), torch.float16, 1
 
         def bind(self, graph: str, tensors: object) -> Layers:
             return Layers()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,11 @@ def int8_for_onnxruntime(
     return Bundle.open(lifelike_bundle(**int8_settings))
 
 
+def type_of_levels(node: onnx.NodeProto, types: Mapping[str, int]) -> int:
+    """Of a QuantizeLinear or DequantizeLinear; that of weights alone has no zero point."""
+    return types[node.input[2 if len(node.input) > 2 else 0]]
+
+
 def quantized_types(bundle: Bundle, graph: str) -> dict[str, set[int]]:
     """By operator, the types of the levels that its activation and weight come as."""
     found = load(bundle.file(f"onnx/{graph}.onnx"))
@@ -240,7 +245,7 @@ def quantized_types(bundle: Bundle, graph: str) -> dict[str, set[int]]:
         for name in node.input:
             maker = makers.get(name)
             if maker is not None and maker.op_type == "DequantizeLinear":
-                levels.setdefault(node.op_type, set()).add(types[maker.input[2]])
+                levels.setdefault(node.op_type, set()).add(type_of_levels(maker, types))
     return levels
 
 
@@ -260,8 +265,9 @@ def test_tensorrt_gets_signed_levels_alone(bundles: Bundles) -> None:
         assert not [t.name for t in found.initializer if t.data_type == TensorProto.UINT8], path
         pairs = [n for n in found.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
         types = {tensor.name: tensor.data_type for tensor in found.initializer}
-        assert {types[node.input[2]] for node in pairs} == {TensorProto.INT8}, path
-    for graph, operators in (("decode", {"MatMul"}), ("detokenize", {"Conv"})):
+        assert {type_of_levels(node, types) for node in pairs} == {TensorProto.INT8}, path
+    # Of embeddings and of the products that are kept, weights alone are on levels.
+    for graph, operators in (("decode", {"MatMul", "Gather"}), ("detokenize", {"Conv"})):
         assert quantized_types(bundles("int8"), graph).keys() == operators
 
 
@@ -290,7 +296,10 @@ def test_onnxruntime_computes_every_quantized_product_in_integers(
     operators = Counter(node.op_type for node in load(tmp_path / "optimized.onnx").node)
     decided = bundle.manifest.calibration["quantization"]["decode"]
     assert operators["MatMulIntegerToFloat"] == decided["layers"] - len(decided["kept"])
-    assert operators["DequantizeLinear"] == 0
+    # The products that are kept have their weights in INT8.
+    assert decided["kept_as"] == "INT8 weights"
+    assert (operators["MatMulNBits"] > 0) == bool(decided["kept"])
+    assert operators["DequantizeLinear"] == operators["MatMul"] == 0
 
 
 def test_around_int8_is_fp16_for_tensorrt_and_fp32_for_onnxruntime(

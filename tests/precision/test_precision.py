@@ -424,19 +424,14 @@ def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path
     graphs.mkdir()
     scratch.mkdir()
     changed = models(emoji_bundle)
-    weight = changed["decode"].graph.initializers["blocks.2.fc1.weight"]
-    assert weight.const_value is not None
-    content = weight.const_value.numpy().copy()
-    content[0] = 0
-    content[0, ::7] = 1e4  # one input row dwarfs all others of these output channels
-    weight.const_value = ir.tensor(content, name=weight.name)
-    norm = changed["decode"].graph.initializers["blocks.2.norm2.weight"]
-    bias = changed["decode"].graph.initializers["blocks.2.norm2.bias"]
-    for value in (norm, bias):  # which is multiplied with exactly 0, so FP32 is as it was
+    values = changed["decode"].graph.initializers
+    # One channel of what the layer reads dwarfs all others; the function is as it was.
+    for name, factor in (("norm2.weight", 50), ("norm2.bias", 50), ("fc1.weight", 1 / 50)):
+        value = values[f"blocks.2.{name}"]
         assert value.const_value is not None
-        zeroed = value.const_value.numpy().copy()
-        zeroed[0] = 0
-        value.const_value = ir.tensor(zeroed, name=value.name)
+        content = value.const_value.numpy().copy()
+        content[0] *= factor
+        value.const_value = ir.tensor(content, name=value.name)
     export.write_models(changed, graphs)
     manifest = dataclasses.replace(bundle.manifest, precision="int8")
     calibrator = Calibrator(graphs, scratch, manifest, bundle.schedule())
@@ -448,6 +443,8 @@ def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path
     ranges, decision = chooser.choose("decode", beside)
     assert noisiest not in ranges
     assert decision.kept[noisiest] == layers[noisiest].noise
+    # On a CPU INT8 weights alone would not do: the channel takes the levels of those in its block.
+    assert decision.kept_as == ""
     assert decision.value <= decision.limit
     assert list(scratch.iterdir()) == []
 
@@ -457,15 +454,20 @@ def test_the_noisiest_layers_are_spared_first(emoji_bundle: Path, tmp_path: Path
 def test_layers_are_chosen_on_what_is_shipped(
     emoji_bundle: Path, tmp_path: Path, backend: str, exact: bool
 ) -> None:
-    """With nothing quantized, what is left is the rounding of the float type around INT8."""
+    """With nothing quantized, what is left is the rounding of the float type around INT8.
+
+    Products that are kept have their weights in INT8.
+    """
     bundle = Bundle.open(emoji_bundle)
     manifest = dataclasses.replace(bundle.manifest, precision="int8", backend=backend)
     chooser = Chooser(emoji_bundle / "onnx", tmp_path, manifest, bundle.schedule())
     for graph in ("decode", "detokenize"):
         ranges, decision = chooser.keep(graph, {}, [])
         assert ranges == {}
-        nothing = {"decode": 0.0, "detokenize": math.inf}[graph]
-        assert (decision.value == pytest.approx(nothing, abs=1e-12)) == exact, graph
+        if graph == "decode":
+            assert 1e-5 < decision.value < decision.limit / 2
+        else:
+            assert (decision.value == math.inf) == exact
 
 
 def test_simulation_leaves_the_graph_as_it_is(emoji_bundle: Path) -> None:

@@ -32,16 +32,16 @@ from lpd_export.formats import (
 from lpd_export.graphs import export
 from lpd_export.graphs.contract import CONTEXT_TOKENS, ROWS, TOKENS
 from lpd_export.graphs.static import make_static
-from lpd_export.precision.casting import lower
-from lpd_export.precision.quantization import quantizable_layers
-from lpd_export.precision.sensitivity import Chooser, Target
-from lpd_export.precision.weight_only import (
+from lpd_export.precision.block_weights import (
     WeightRounder,
-    choose_weights,
     quantize_embedding,
     quantize_weights,
     simulate_weight,
 )
+from lpd_export.precision.casting import lower
+from lpd_export.precision.quantization import quantizable_layers
+from lpd_export.precision.sensitivity import Chooser, Target
+from lpd_export.precision.weight_only import choose_weights
 from lpd_export.precision.worth import Simulation
 
 KINDS = {
