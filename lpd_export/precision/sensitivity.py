@@ -153,12 +153,13 @@ class Chooser:
         """
         for kept_as in self._kinds_of_kept(graph):
             found = self._search(graph, layers, kept_as, report)
-            if found is not None:
+            if not isinstance(found, float):
                 return found
         target = self.targets[graph]
         raise UserError(
             f"{self._precision.name} changes this model too much: with half of its layers kept in "
-            f"higher precision the {target.measure} is above {target.limit}; use --precision fp16"
+            f"higher precision the {target.measure} is {found:.3g}, above {target.limit}; use "
+            "--precision fp16"
         )
 
     def _kinds_of_kept(self, graph: str) -> Sequence[Quantization | None]:
@@ -175,8 +176,8 @@ class Chooser:
         layers: Mapping[str, LayerMeasurement],
         kept_as: Quantization | None,
         report: Report,
-    ) -> tuple[dict[str, float], GraphDecision] | None:
-        """As `choose`; None if half of the layers of the transformer are not enough."""
+    ) -> tuple[dict[str, float], GraphDecision] | float:
+        """As `choose`; the measure, if half of the layers of the transformer are not enough."""
         target, trials = self.targets[graph], []
         ranking = [*layers][-1:]
         kept = 0
@@ -206,7 +207,7 @@ class Chooser:
                     ranking += self._most_harmful_first(graph, layers, ranking)
                 continue
             if kept >= MOST_KEPT * len(layers):
-                return None
+                return value
             self._worth = self._worth or self.worth(layers, self._simulation(layers))
             ranking = [*self._worth]
             kept = next_trial([*self._worth.values()], kept, value, target.limit)
