@@ -36,7 +36,7 @@ from lpd_export.precision.calibration import LayerMeasurement
 from lpd_export.precision.casting import lower
 from lpd_export.precision.convolutions import Spans
 from lpd_export.precision.quantized_graph import quantize_graph
-from lpd_export.precision.writer import calibrate, spans_for
+from lpd_export.precision.writer import EXACT, calibrate, spans_for
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
@@ -172,9 +172,9 @@ class Bisector:
         """Whether a graph with these layers quantized keeps the limits."""
         model = ir.load(self._exact / f"{graph}.onnx")
         lower(model, self._float_type)
-        kind = self._precision.quantization_of(graph)
-        kept_as = kind.kept if kind and graph == "decode" else None
-        quantize_graph(model, graph, self._precision, ranges, self._spans, True, kept_as)
+        quantize_graph(
+            model, graph, self._precision, ranges, self._spans, unsigned=True, kept_as=None
+        )
         self._scratch.mkdir(parents=True, exist_ok=True)
         export.write_models({graph: model}, self._scratch)
         held = self._judge(graph, self._scratch / f"{graph}.onnx", whole)
@@ -184,10 +184,14 @@ class Bisector:
 
 
 def save_kept_layers(found: Sequence[Bisection], path: Path) -> None:
-    """Writes what `lpd-export build --keep-layers` takes: a list of layers for each graph."""
+    """Writes what `lpd-export build --keep-layers` takes: a list of layers for each graph.
+
+    Their weights stay as they are, as on trial: the limits were the user's, not the build's.
+    """
     kept: dict[str, Any] = {each.graph: each.kept for each in found if each.kept is not None}
     assert set(kept) <= set(GRAPH_NAMES)
-    write_atomically(path, (json.dumps(kept, indent=1) + "\n").encode())
+    content = json.dumps(kept | {EXACT: True}, indent=1)
+    write_atomically(path, (content + "\n").encode())
 
 
 # ---------------------------------------------------------------------------- in a verification

@@ -53,7 +53,7 @@ from lpd_export.files import cache_folder, sha256
 from lpd_export.formats import BACKENDS, PRECISIONS, Backend
 from lpd_export.graphs import contract, export
 from lpd_export.graphs.written_rows import cut_to_written_rows
-from lpd_export.precision.writer import PrecisionWriter, read_kept_layers
+from lpd_export.precision.writer import KeptLayers, PrecisionWriter, read_kept_layers
 from lpd_export.progress import Progress, Report
 from lpd_reference.checkpoint import lasting_source
 
@@ -75,7 +75,8 @@ def build(
     """
     check_request(request)
     request = request.model_copy(update={"compute_capability": capabilities(request)})
-    kept_layers = read_kept_layers(Path(request.keep_layers)) if request.keep_layers else {}
+    file = request.keep_layers
+    kept_layers = read_kept_layers(Path(file)) if file else KeptLayers({})
     with memory_shortage_told():
         source = load(request, report)
         settings = settle(request, source)

@@ -258,14 +258,20 @@ class Chooser:
         graph: str,
         layers: Mapping[str, LayerMeasurement],
         kept: Sequence[str],
+        exact: bool = False,
         report: Report = lambda line: None,
     ) -> tuple[dict[str, float], GraphDecision]:
-        """As `choose`, with the layers to keep decided elsewhere; what they give is measured."""
+        """As `choose`, with the layers to keep decided elsewhere; what they give is measured.
+
+        exact: whether their weights stay as they are, even if fewer bits would do.
+        """
         target = self.targets[graph]
         ranges = {n: m.activation_range for n, m in layers.items() if n not in kept}
-        kept_as = self._kinds_of_kept(graph)[0]
-        value = self._try(graph, ranges, kept_as)
-        report(f"{graph}: {len(ranges)} of {len(layers)} layers, {target.measure} {value:.4g}")
+        for kept_as in (None,) if exact else self._kinds_of_kept(graph):
+            value = self._try(graph, ranges, kept_as)
+            report(f"{graph}: {len(ranges)} of {len(layers)} layers, {target.measure} {value:.4g}")
+            if target.met(value):
+                break
         noise = {node: layers[node].noise for node in kept}
         title = kept_as.title if kept_as else ""
         return ranges, GraphDecision(

@@ -89,7 +89,7 @@ class PrecisionWriter:
     scratch: Path
     manifest: Manifest
     schedule: Schedule
-    kept_layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    kept_layers: KeptLayers = field(default_factory=lambda: KeptLayers({}))
 
     def write(self, out: Path, report: Report) -> CalibrationRecord:
         """Writes the graphs to `out`; returns what was measured and decided, for the manifest.
@@ -100,7 +100,7 @@ class PrecisionWriter:
         precision, backend = PRECISIONS[self.manifest.precision], self.manifest.backend
         float_type, quantization = precision.float_type(backend), precision.quantization
         weights_alone = quantization is not None and not precision.rounds_activations
-        check_kept_layers(self.kept_layers, self.exact, precision)
+        check_kept_layers(self.kept_layers.of, self.exact, precision)
         self.scratch.mkdir()
         calibration = calibrate(self.exact, self.scratch, self.manifest, self.schedule, report)
         if float_type != FLOAT32:
@@ -118,12 +118,13 @@ class PrecisionWriter:
                 calibrator = Calibrator(self.exact, self.scratch, self.manifest, self.schedule)
                 rounder = WeightRounder(calibrator.moments())
                 weights, decision = choose_weights(
-                    chooser, precision, rounder, self.kept_layers.get("decode"), report
+                    chooser, precision, rounder, self.kept_layers.of.get("decode"), report
                 )
                 decided["quantization"]["decode"] = dataclasses.asdict(decision)  # type: ignore[assignment]
             for graph, layers in calibration.layers.items():
-                if graph in self.kept_layers:
-                    chosen = chooser.keep(graph, layers, self.kept_layers[graph], report)
+                if (kept := self.kept_layers.of.get(graph)) is not None:
+                    exact = self.kept_layers.exact
+                    chosen = chooser.keep(graph, layers, kept, exact, report)
                 else:
                     chosen = chooser.choose(graph, layers, report)
                 ranges, decision = chosen
@@ -246,7 +247,24 @@ def _content_key(exact: Path, manifest: Manifest, schedule: Schedule, wanted: ob
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def read_kept_layers(path: Path) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class KeptLayers:
+    """The layers of some graphs that are left in higher precision.
+
+    Attributes:
+        of: the nodes of each graph.
+        exact: whether their weights stay as they are, even if fewer bits would do.
+    """
+
+    of: Mapping[str, Sequence[str]]
+    exact: bool = False
+
+
+EXACT = "exact"
+"""Of a file of layers to keep, beside the graphs' names."""
+
+
+def read_kept_layers(path: Path) -> KeptLayers:
     """The file of `--keep-layers`: a JSON object with a list of layers for each graph.
 
     Raises:
@@ -256,8 +274,10 @@ def read_kept_layers(path: Path) -> dict[str, list[str]]:
         kept = json.loads(read_file(path, "--keep-layers", 2**24))
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read --keep-layers {path}: it is not JSON") from error
+    exact = kept.pop(EXACT, False) if isinstance(kept, dict) else False
     if (
         not isinstance(kept, dict)
+        or not isinstance(exact, bool)
         or not set(kept) <= set(GRAPH_NAMES)
         or not all(
             isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
@@ -268,7 +288,7 @@ def read_kept_layers(path: Path) -> dict[str, list[str]]:
             f"--keep-layers {path} must be a JSON object with a list of layers for some of "
             f"{', '.join(GRAPH_NAMES)}, as `lpd-export verify --bisect` writes it"
         )
-    return kept
+    return KeptLayers(kept, exact)
 
 
 def check_kept_layers(kept: Mapping[str, Sequence[str]], exact: Path, precision: Precision) -> None:

@@ -26,7 +26,7 @@ from lpd_export.bundle.inspection import GRAPH_TITLES
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.formats import FLOAT32, PRECISIONS, QUANTIZED
 from lpd_export.precision.calibration import LayerMeasurement
-from lpd_export.precision.writer import read_kept_layers
+from lpd_export.precision.writer import KeptLayers, read_kept_layers
 
 pytestmark = pytest.mark.model
 
@@ -211,7 +211,7 @@ def quantized_layers(bundle: Path, graph: str) -> dict[str, bool]:
             continue
         before = [producers[name].op_type for name in node.input[:2] if name in producers]
         quantized = before == ["DequantizeLinear"] * 2
-        if quantized or node.input[1] in weights:
+        if "DequantizeLinear" in before[-1:] or node.input[1] in weights:
             layers[node.name] = quantized
     return layers
 
@@ -227,8 +227,9 @@ def test_the_layers_are_found_and_listed(bundle: Path, found: Found) -> None:
     assert 0 < len(decode["kept"]) < decode["layers"]
     assert set(decode["kept"]) < set(layers["decode"])
     assert decode["kept"] == [node for node in layers["decode"] if node in decode["kept"]]
-    assert found.kept == {"decode": decode["kept"], "detokenize": [], "tokenize": []}
-    assert found.kept == read_kept_layers(found.out / "keep_layers.json")
+    kept = {"decode": decode["kept"], "detokenize": [], "tokenize": []}
+    assert found.kept == kept | {"exact": True}
+    assert read_kept_layers(found.out / "keep_layers.json") == KeptLayers(kept, exact=True)
     # On the terminal: the trials as they are made, and what was found.
     trials = [line for line in found.said.err.splitlines() if " layers in int8: " in line]
     for graph, entry in found.by_graph.items():
@@ -288,6 +289,14 @@ def test_a_build_keeps_exactly_these_layers_and_holds_the_limit(
     assert said.code == 0, said
     assert said.out.splitlines()[0] == "; ".join(counts)
     assert 0 < sequence_kl(out) <= limit
+    assert decided["decode"]["kept_as"] == ""
+    # A list of one's own is of layers that fewer bits suffice for, if they do.
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"decode": found.kept["decode"]}))
+    said = answer(*int8_build, "--keep-layers", own, "--out", tmp_path / "own")
+    assert said.code == 0, said
+    decided = Bundle.open(tmp_path / "own").manifest.calibration["quantization"]
+    assert decided["decode"]["kept_as"] == "INT8 weights"
     # Without the layer that matters most, it does not hold.
     fewer = tmp_path / "fewer.json"
     others = [layer for layer in found.kept["decode"] if layer != "head/MatMul"]
@@ -325,7 +334,7 @@ def test_where_nothing_helps(bundle: Path, tmp_path: Path) -> None:
     assert (decode["kept"], decode["trials"]) == (None, 2)
     told = "decode: the thresholds fail even with every layer in higher precision"
     assert told in found.said.out.splitlines()
-    assert found.kept == {"detokenize": [], "tokenize": []}
+    assert found.kept == {"detokenize": [], "tokenize": [], "exact": True}
 
 
 def test_an_answer_that_fails_as_a_whole_is_searched_again(
@@ -365,10 +374,8 @@ def test_what_was_found_is_what_a_build_reads(tmp_path: Path) -> None:
         Bisection("tokenize", 24, None, 2),
     ]
     save_kept_layers(found, tmp_path / "a.json")
-    assert read_kept_layers(tmp_path / "a.json") == {
-        "decode": ["head/MatMul", "blocks.0.fc1/MatMul"],
-        "detokenize": [],
-    }
+    kept = {"decode": ["head/MatMul", "blocks.0.fc1/MatMul"], "detokenize": []}
+    assert read_kept_layers(tmp_path / "a.json") == KeptLayers(kept, exact=True)
 
 
 # ------------------------------------------------------------------------------------- mistakes
@@ -387,6 +394,7 @@ def test_what_was_found_is_what_a_build_reads(tmp_path: Path) -> None:
         ('{"decode": "head/MatMul"}', "--keep-layers {file} must be a JSON object with a list of"),
         ('{"decode": [1]}', "--keep-layers {file} must be a JSON object with a list of layers for"),
         ('{"decode": null}', "--keep-layers {file} must be a JSON object with a list of layers"),
+        ('{"exact": 1}', "--keep-layers {file} must be a JSON object with a list of layers"),
         (
             '{"decode": ["head"]}',
             "--keep-layers names 'head', which is no layer of decode.onnx; there are blocks.0",

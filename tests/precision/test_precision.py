@@ -495,8 +495,9 @@ def test_measurements_are_kept_by_content(
             folder = Path(name)
             exact = shutil.copytree(small_bundle / "onnx", folder / "exact")
             none_kept = {graph: [] for graph in GRAPH_NAMES} if precision == "int8" else {}
+            kept = writer.KeptLayers(none_kept)
             made = writer.PrecisionWriter(
-                exact, folder / "scratch", manifest, bundle.schedule(), none_kept
+                exact, folder / "scratch", manifest, bundle.schedule(), kept
             )
             made.write(folder / "out", told.append)
             return (folder / "out/weights.data").read_bytes()
