@@ -6,7 +6,9 @@ Knows their settings. What is bound to a session is the executor's, which is in
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +69,22 @@ def load_session(
         UserError: if this version of ONNX Runtime cannot run the file, or it is damaged.
     """
     try:
-        return onnxruntime.InferenceSession(file, options, providers=[provider])
+        session = onnxruntime.InferenceSession(file, options, providers=[provider])
     except Exception as error:  # its errors have no common base but Exception
         reason = str(error).splitlines()[0]
         raise UserError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {file}: {reason}"
         ) from error
+    return_freed_memory()
+    return session
+
+
+def return_freed_memory() -> None:
+    """Gives the system back what was freed, where the C library can.
+
+    Weights of few bits are packed anew when they are loaded: their first copies would stay.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim:
+            trim(0)
