@@ -297,6 +297,10 @@ def test_a_build_keeps_exactly_these_layers_and_holds_the_limit(
     assert said.code == 0, said
     decided = Bundle.open(tmp_path / "own").manifest.calibration["quantization"]
     assert decided["decode"]["kept_as"] == "INT8 weights"
+    model = onnx.load(tmp_path / "own/onnx/decode.onnx", load_external_data=False).graph
+    blocks = [node for node in model.node if any(a.name == "block_size" for a in node.attribute)]
+    assert blocks
+    assert {node.op_type for node in blocks} == {"DequantizeLinear"}
     # Without the layer that matters most, it does not hold.
     fewer = tmp_path / "fewer.json"
     others = [layer for layer in found.kept["decode"] if layer != "head/MatMul"]
