@@ -38,12 +38,7 @@ from lpd_export.formats import (
     Precision,
 )
 from lpd_export.graphs import export
-from lpd_export.precision.block_weights import (
-    WeightRounder,
-    halve_embedding,
-    quantize_embedding,
-    quantize_weights,
-)
+from lpd_export.precision.block_weights import WeightRounder, quantize_weights, store_embedding
 from lpd_export.precision.casting import lower
 from lpd_export.precision.quantization import quantizable_layers, quantize
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -63,8 +58,7 @@ def write_levels(exact: Path, precision: Precision, backend: Backend, out: Path)
             quantize(model, dict.fromkeys(layers, 1.0), backend.unsigned, kind)
         elif kind is not None:
             quantize_weights(model, dict.fromkeys(layers, kind), WeightRounder({}))
-            store_embedding = quantize_embedding if backend.compiles else halve_embedding
-            store_embedding(model)
+            store_embedding(model, backend)
     out.mkdir()
     export.write_models(models, out)
 

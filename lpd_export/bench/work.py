@@ -23,7 +23,7 @@ PREFILL, SAMPLING, DETOKENIZE, PIXELS = "prefill", "sampling", "detokenize", "pi
 """The parts of a generation beside its steps, which are called `step 2` and so on."""
 
 LOOKED_UP = ("Gather",)
-"""Operators that read of a table only the rows that they give; of one on levels, the same."""
+"""Operators that read of a table, of floats or of levels, only the rows that they give."""
 
 
 @dataclass(frozen=True)

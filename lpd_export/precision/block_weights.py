@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lpd_export.errors import UserError
-from lpd_export.formats import INT8_WEIGHTS, Quantization
+from lpd_export.formats import INT8_WEIGHTS, Backend, Quantization
 from lpd_export.graphs import contract
 from lpd_export.precision.quantization import STORED, Layer, quantizable_layers
 from lpd_export.precision.rounding import Levels, round_weight
@@ -51,6 +51,14 @@ def simulate_weight(
     product = ir.node("MatMul", [node.inputs[0], rounded])
     graph.insert_after(node, product)
     return product.outputs[0]
+
+
+def store_embedding(model: ir.Model, backend: Backend) -> None:
+    """Stores the embeddings of a decode graph in fewer bytes, as the backend reads them best."""
+    if backend.compiles:
+        quantize_embedding(model)
+    else:
+        halve_embedding(model)
 
 
 def halve_embedding(model: ir.Model) -> None:

@@ -27,6 +27,7 @@ def choose_weights(
     rounder: WeightRounder,
     kept_layers: Sequence[str] | None,
     report: Report,
+    exact: bool = False,
 ) -> tuple[dict[str, Quantization], GraphDecision]:
     """How the weight of each layer of the decode graph is stored, and the decision.
 
@@ -36,6 +37,7 @@ def choose_weights(
         rounder: of the decode graph's weights.
         kept_layers: decided elsewhere; None to keep those first that change the graph most.
         report: called with a line a trial.
+        exact: whether the weights of `kept_layers` stay as they are, not in more bits.
 
     Raises:
         UserError: if half of the layers kept are not enough.
@@ -50,7 +52,7 @@ def choose_weights(
     tried: list[tuple[int, float]] = []
     while True:
         layers = {node: quantization for node in nodes if node not in kept}
-        if quantization.kept:
+        if quantization.kept and not exact:
             layers |= dict.fromkeys(kept, quantization.kept)
         model = chooser.model("decode")
         quantize_weights(model, layers, rounder)

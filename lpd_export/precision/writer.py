@@ -29,9 +29,8 @@ from lpd_export.precision import calibration as calibration_module
 from lpd_export.precision import convolutions, equalization, quantization
 from lpd_export.precision.block_weights import (
     WeightRounder,
-    halve_embedding,
-    quantize_embedding,
     quantize_weights,
+    store_embedding,
 )
 from lpd_export.precision.calibration import (
     BATCH,
@@ -118,7 +117,12 @@ class PrecisionWriter:
                 calibrator = Calibrator(self.exact, self.scratch, self.manifest, self.schedule)
                 rounder = WeightRounder(calibrator.moments())
                 weights, decision = choose_weights(
-                    chooser, precision, rounder, self.kept_layers.of.get("decode"), report
+                    chooser,
+                    precision,
+                    rounder,
+                    self.kept_layers.of.get("decode"),
+                    report,
+                    self.kept_layers.exact,
                 )
                 decided["quantization"]["decode"] = dataclasses.asdict(decision)  # type: ignore[assignment]
             for graph, layers in calibration.layers.items():
@@ -142,8 +146,7 @@ class PrecisionWriter:
         if weights:
             quantize_weights(models["decode"], weights, rounder)
         if quantization:
-            store_embedding = quantize_embedding if BACKENDS[backend].compiles else halve_embedding
-            store_embedding(models["decode"])
+            store_embedding(models["decode"], BACKENDS[backend])
         out.mkdir()
         export.write_models(models, out)
         return decided

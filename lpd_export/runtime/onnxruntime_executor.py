@@ -84,7 +84,7 @@ class OnnxRuntimeExecutor:
         self.float_type = float_type
         self.device = torch.device(device)
         self._files = dict(files)
-        self._threads = threads
+        self._threads = threads  # None leaves the operators' to ONNX Runtime
         self.threads = threads or torch.get_num_threads()
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         provider = PROVIDERS[self.device.type]

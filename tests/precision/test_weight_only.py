@@ -191,6 +191,10 @@ def test_what_changes_a_graph_most_is_stored_in_more_bits_until_it_is_enough(exa
         (value for _, value in decision.trials), reverse=True
     )
     assert len(lines) == len(decision.trials)
+    # Kept exactly, they are left out.
+    trials = cast(Chooser, Trials(exact, 8))
+    chosen, _ = choose_weights(trials, precision, rounder, last, lines.append, exact=True)
+    assert set(chosen) == {layer.node for layer in layers} - set(last)
     with pytest.raises(UserError, match="int4-weights changes this model too much"):
         choose_weights(cast(Chooser, Trials(exact, 0)), precision, rounder, None, lines.append)
 
