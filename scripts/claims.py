@@ -49,6 +49,7 @@ from torch.nn import functional as F
 
 from claims_results import Claims, Floor, Row, Variant, draw_curves, table
 from lpd_export import Pipeline
+from lpd_export.bench.devices import torch_threads
 from lpd_export.bundle.manifest import MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.evaluation.classifier import Classifier
@@ -56,7 +57,6 @@ from lpd_export.evaluation.classifier import load as load_classifier
 from lpd_export.evaluation.metrics import Moments, distance_figure, frechet_distance
 from lpd_export.files import sha256, write_atomically
 from lpd_export.images import contact_sheet, save_png
-from lpd_export.runtime.onnxruntime_executor import torch_threads
 from lpd_export.runtime.requests import ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
 from lpd_export.schedule.schedule_file import Schedule
@@ -216,8 +216,10 @@ def measure_likelihood(variant: Variant, training: bool, start: int, stop: int) 
     orders = schedule.orders[rows % len(schedule.orders)].astype(np.int64)
     ids, order = token_ids[start:stop], torch.from_numpy(orders)
     pipeline = pipeline_of(variant)
-    logits = pipeline.forced_logits(
-        ids.numpy(), labels[start:stop].tolist(), orders, pipeline.sampling(cfg=1.0), schedule
+    logits = torch.from_numpy(
+        pipeline.forced_logits(
+            ids.numpy(), labels[start:stop].tolist(), orders, pipeline.sampling(cfg=1.0), schedule
+        )
     )
     nats = F.cross_entropy(logits.transpose(1, 2), ids.gather(1, order), reduction="none")
     file = likelihood_file(variant, training, _setting, start, stop)

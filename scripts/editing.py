@@ -170,7 +170,7 @@ def measure(row: Row, setting: Setting) -> tuple[Row, list[NDArray[np.uint8]]]:
         labels = [request.label for request in requests[some]]
         logits = pipeline.forced_logits(tokens, labels, orders, Sampling(), schedule)
         true = torch.from_numpy(np.take_along_axis(tokens, orders, axis=1))
-        of_true = logits.log_softmax(dim=-1).gather(-1, true[..., None])[..., 0]
+        of_true = torch.from_numpy(logits).log_softmax(dim=-1).gather(-1, true[..., None])[..., 0]
         for values, order, edit in zip(of_true, orders, edits[some], strict=True):
             nats.append(-values[torch.from_numpy(~edit.kept[order])].mean())
     measured = replace(

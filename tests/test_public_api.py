@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import click
 import pytest
@@ -136,3 +137,23 @@ def test_the_package_and_its_help_do_not_wait_for_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_cpu_makes_images_without_torch(small_bundle: Path, tmp_path: Path) -> None:
+    """Which would take a second and 200 MB of each process."""
+    program = (
+        "import sys\n"
+        "from lpd_export.cli.main import commands\n"
+        "from lpd_export.serving import server\n"
+        "bundle, out = sys.argv[1:]\n"
+        "for words in (\n"
+        "    ['run', bundle, '--class', '0', '--out', f'{out}/images', '--trace'],\n"
+        "    ['edit', bundle, f'{out}/images/images.jsonl:0', '--outpaint', '2', '--out', f'{out}/edits'],\n"
+        "):\n"
+        "    commands.main([*words, '--quiet'], standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", program, small_bundle, out], check=True)
+    assert (out / "images/images.jsonl").is_file()
+    assert (out / "edits/images.jsonl").is_file()

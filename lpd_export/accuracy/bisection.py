@@ -226,7 +226,7 @@ def find_kept_layers(context: Context) -> list[Bisection]:
 
     def judge(graph: str, file: Path, whole: bool) -> bool:
         executor = OnnxRuntimeExecutor(
-            {graph: file}, getattr(torch, float_type.torch), threads=context.request.threads
+            {graph: file}, float_type.torch, threads=context.request.threads
         )
         trial = BundleSide("trial", Pipeline(manifest, schedule, executor), "")
         return holds(graph, replace(context, expected=reference, actual=trial), whole)

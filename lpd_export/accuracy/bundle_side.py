@@ -24,10 +24,11 @@ from lpd_export.accuracy.request import VerifyRequest
 from lpd_export.accuracy.sides import BATCH, Drawn, Feed, Outputs, Task
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.errors import GraphError, UserError
-from lpd_export.formats import BACKENDS, BFLOAT16, FLOAT16
+from lpd_export.formats import BACKENDS, BFLOAT16, FLOAT16, FLOAT32
 from lpd_export.graphs.contract import cache_names, present_of
 from lpd_export.precision.portable import portable_files
 from lpd_export.progress import Report
+from lpd_export.runtime.arrays import Array
 from lpd_export.runtime.backends import open_executor
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -65,7 +66,7 @@ class BundleSide:
     @property
     def feed_type(self) -> Any:
         """NumPy's name for the graphs' float type; it has none for BF16, which is fed as FP32."""
-        return np.float16 if self.pipeline.executor.float_type == torch.float16 else np.float32
+        return np.float16 if self.pipeline.executor.float_type == FLOAT16.torch else np.float32
 
     def cast(self, feed: Feed) -> dict[str, NDArray[Any]]:
         bf16 = self.pipeline.manifest.float_type == BFLOAT16.torch
@@ -113,22 +114,23 @@ class BundleSide:
         )
 
     def _forced_logits(self, task: Task, token_ids: NDArray[np.int64], images: slice) -> Tensor:
-        return self.pipeline.forced_logits(
+        logits = self.pipeline.forced_logits(
             token_ids[images],
             task.labels[images],
             task.orders[images],
             task.sampling,
             task.schedule,
         )
+        return torch.from_numpy(logits)
 
-    @torch.inference_mode()
     def decode(self, task: Task, phase: Phase, feed: Feed) -> Outputs:
         executor, model = self.pipeline.executor, self.pipeline.manifest.model
+        arrays = executor.arrays
         with executor.stream():
             # Copies, since the caches are updated in place.
             tensors = {name: self._to_device(values) for name, values in feed.items()}
             shape = (task.rows, phase.queries, model.vocab_size)
-            logits = torch.zeros(shape, dtype=torch.float32, device=executor.device)
+            logits = arrays.zeros(shape, "float32")
             caches = cache_names("past", model.depth)
             written = {"logits": logits} | {present_of(name): tensors[name] for name in caches}
 
@@ -140,14 +142,14 @@ class BundleSide:
             launched = self._unless_it_fails(phase.name, launch, None)
             if launched is None:
                 for tensor in written.values():
-                    tensor.fill_(torch.nan)
+                    tensor[...] = np.nan
             guided = logits
             if task.sampling.guided:
                 scale = task.sampling.scale(model.cells)
                 cells = slice(phase.first_cell, phase.first_cell + phase.queries)
-                guided = guide(logits, scale[cells].to(executor.device))
+                guided = guide(logits, arrays.put(scale[cells]))
             copied = OrderedDict(
-                (name, values.float().cpu().numpy())
+                (name, arrays.take(values, "float32"))
                 for name, values in {"guided_logits": guided, **written}.items()
             )
             del launched  # copying has waited for the graph, which needs its context until then
@@ -178,10 +180,10 @@ class BundleSide:
                 phases.append(phase)
             return nothing
 
-    def _to_device(self, values: NDArray[Any]) -> Tensor:
-        tensor = torch.tensor(values, device=self.pipeline.executor.device)
-        floating = tensor.is_floating_point()
-        return tensor.to(self.pipeline.executor.float_type) if floating else tensor
+    def _to_device(self, values: NDArray[Any]) -> Array:
+        executor = self.pipeline.executor
+        dtype = executor.float_type if values.dtype.kind == "f" else None
+        return executor.arrays.put(values.copy(), dtype)
 
 
 def open_bundle(
@@ -204,8 +206,8 @@ def open_bundle(
     executor: Executor
     if request.onnx:
         files, note = portable_files(bundle, scratch)
-        float_type = torch.float16 if manifest.float_type == FLOAT16.torch else torch.float32
-        executor = OnnxRuntimeExecutor(files, float_type, "cpu", request.threads)
+        float_type = FLOAT16 if manifest.float_type == FLOAT16.torch else FLOAT32
+        executor = OnnxRuntimeExecutor(files, float_type.torch, threads=request.threads)
         ran = f"its ONNX graphs on ONNX Runtime {onnxruntime.__version__}, cpu{note}"
     else:
         backend = BACKENDS[manifest.backend]
@@ -216,9 +218,8 @@ def open_bundle(
             )
         executor = open_executor(bundle, request.device, request.threads)
         version = importlib.import_module(backend.module).__version__
-        ran = f"{backend.product} {version}, {executor.device.type}"
-    for graph in GRAPH_NAMES:
-        executor.load(graph)
+        ran = f"{backend.product} {version}, {executor.device.partition(':')[0]}"
+    executor.load(*GRAPH_NAMES)
     return BundleSide(str(bundle.path), Pipeline(manifest, schedule, executor), ran)
 
 

@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from polygraphy.comparator import Comparator
 
 from lpd_export.accuracy.comparison import comparable, quiet
 from lpd_export.accuracy.context import Context
 from lpd_export.accuracy.sides import FunctionRunner, cache_shape, decode_inputs
+from lpd_export.formats import FLOAT_TYPES
 from lpd_export.graphs.contract import cache_names
 from lpd_export.schedule.phases import Phase, attention_mask
 
@@ -107,7 +107,7 @@ def decode_feed(
     else:
         labels = [task.labels[image], None][:rows]
         content = np.array([[model.condition_id(label)] for label in labels])
-    masked = float(torch.finfo(context.actual.pipeline.executor.float_type).min)
+    masked = -FLOAT_TYPES[context.actual.pipeline.executor.float_type].largest
     inputs = {
         "token_ids": content,
         "positions": np.tile(written, (rows, 1)),

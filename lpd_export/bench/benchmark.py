@@ -30,6 +30,7 @@ from lpd_export.bench.timing import BundleContender, Contender, ReferenceContend
 from lpd_export.bench.work import generation_work
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.progress import Report
+from lpd_export.runtime.arrays import HOST
 from lpd_export.runtime.pipeline import Pipeline
 
 
@@ -135,14 +136,14 @@ def take_turns(
 # ----------------------------------------------------------------------------------- the machine
 
 
-def rates_of(device: torch.device, threads: int | None) -> Device | None:
+def rates_of(device: str, threads: int | None) -> Device | None:
     """What the device can do: a CPU is measured; of a GPU its data sheet, if it is known."""
-    if device.type == "cpu":
+    if device == HOST:
         return measure_cpu(threads)
     return sheet_of(torch.cuda.get_device_name(device))
 
 
-def describe_machine(device: torch.device, threads: int | None) -> dict[str, Any]:
+def describe_machine(device: str, threads: int | None) -> dict[str, Any]:
     """Processor, instruction set, threads, GPU and versions."""
     processor, flags = read_cpuinfo()
     known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
@@ -151,7 +152,7 @@ def describe_machine(device: torch.device, threads: int | None) -> dict[str, Any
         "instructions": [name for name in known if name in flags],
         "cores": os.cpu_count(),
         "threads": threads,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(device) if device != HOST else None,
         "python": platform.python_version(),
         "lpd-export": version("lpd-export"),
         "torch": torch.__version__,

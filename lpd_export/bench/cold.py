@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lpd_export.errors import UserError
+from lpd_export.runtime.arrays import HOST
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,9 @@ class ColdStart:
     """Seconds of each stage, one after another, and bytes.
 
     Attributes:
-        imports: from the start of the process until all packages are imported; on a CPU graphs are
-            loaded meanwhile.
+        imports: from the start of the process until all packages are imported.
         verify: the manifest is read, and what is used is compared with its checksums.
-        load: the rest of the graphs become ready to run; of ONNX weights the checksum is taken
-            meanwhile.
+        load: the graphs become ready to run; of ONNX weights the checksum is taken meanwhile.
         first_image: the first batch of images.
         total: of them all.
         peak_memory: resident at most; on a GPU, what its memory held more in the end.
@@ -63,30 +62,33 @@ def cold_start(bundle: Path, batch: int, device: str | None, threads: int | None
 
 def measure(bundle: str, batch: int, device: str | None, threads: int | None, begun: float) -> None:
     """Makes images and prints a ColdStart as JSON; `begun` is when this process was started."""
-    from lpd_export.runtime.loading import GRAPHS, begin_loading
-
-    begin_loading(bundle, device, threads)  # as the commands do
-    import torch
-
     from lpd_export.bundle.manifest import Bundle
     from lpd_export.runtime.backends import open_executor
-    from lpd_export.runtime.pipeline import Pipeline
+    from lpd_export.runtime.pipeline import GENERATING, Pipeline
 
     marks = [time.monotonic()]
     opened = Bundle.open(bundle)
     schedule = opened.schedule()
     executor = open_executor(opened, device, threads)
-    gpu = executor.device if executor.device.type == "cuda" else None
-    free = torch.cuda.mem_get_info(gpu)[0] if gpu else 0
+    before = held_memory(executor.device)
     marks.append(time.monotonic())
-    for graph in GRAPHS:
-        executor.load(graph)
+    executor.load(*GENERATING)
     marks.append(time.monotonic())
     Pipeline(opened.manifest, schedule, executor).generate([0] * batch, batch=batch)
     marks.append(time.monotonic())
     imports, verify, load, image = (b - a for a, b in zip([begun, *marks], marks, strict=False))
-    peak = free - torch.cuda.mem_get_info(gpu)[0] if gpu else peak_memory()
+    peak = held_memory(executor.device) - before if executor.device != HOST else peak_memory()
     print(json.dumps(vars(ColdStart(imports, verify, load, image, marks[-1] - begun, peak))))
+
+
+def held_memory(device: str) -> int:
+    """Bytes of a GPU's memory that are in use; 0 of the CPU's."""
+    if device == HOST:
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 def peak_memory() -> int:

@@ -6,9 +6,10 @@ what follows from them is a bound and no forecast.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lpd_export.errors import UserError
@@ -186,8 +187,6 @@ def measure_cpu(threads: int | None = None) -> Device:
     import numpy as np
     import torch
 
-    from lpd_export.runtime.onnxruntime_executor import torch_threads
-
     rows, inputs, outputs = 384, 2048, 2048
     generator = np.random.default_rng(0)
     operations = 2 * rows * inputs * outputs
@@ -205,6 +204,19 @@ def measure_cpu(threads: int | None = None) -> Device:
         bandwidth = array.nbytes / _best(lambda: array.sum())
     used = threads or os.cpu_count()
     return Device(CPU, f"this CPU, {used} threads", bandwidth, rates, "measured")
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Inside, torch's operations on a CPU take so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _best(work: Callable[[], object], seconds: float = 0.5) -> float:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lpd_export.bench.timing import TimedExecutor
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.formats import BACKENDS
+from lpd_export.runtime.arrays import Array
 from lpd_export.runtime.backends import open_executor
 from lpd_export.runtime.executor import Run
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -70,7 +69,7 @@ class ListeningExecutor(TimedExecutor):
         self.times: dict[str, list[tuple[str, float]]] = defaultdict(list)
         """By graph, names and seconds of layers as they ran."""
 
-    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+    def bind(self, graph: str, tensors: Mapping[str, Array]) -> Run:
         binding: Any = self._executor.bind(graph, tensors)
         binding.profile(lambda name, ms: self.times[graph].append((name, ms / 1e3)))
         return binding

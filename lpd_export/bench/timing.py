@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lpd_export.bench.work import DETOKENIZE, PIXELS, SAMPLING, step_title
 from lpd_export.images import to_uint8
 from lpd_export.precision.calibration import spread_labels
+from lpd_export.runtime.arrays import HOST, Array
 from lpd_export.runtime.executor import Executor, ExecutorAround, Run
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.randomness import image_randomness
@@ -47,7 +47,7 @@ class TimedExecutor(ExecutorAround):
         self.marks: list[tuple[str, Mark, Mark]] = []
         """Graph, start and end of every run since it was cleared."""
 
-    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+    def bind(self, graph: str, tensors: Mapping[str, Array]) -> Run:
         run = self._executor.bind(graph, tensors)
 
         def timed() -> None:
@@ -59,7 +59,7 @@ class TimedExecutor(ExecutorAround):
 
     def mark(self) -> Mark:
         """Now: on a GPU when all that was launched before has run."""
-        if self.device.type == "cpu":
+        if self.device == HOST:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
@@ -106,7 +106,7 @@ class BundleContender:
         return {**steps, **{name: sum(times) for name, times in parts.items()}, TOTAL: total}
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> str:
         """Where it runs."""
         return self._executor.device
 

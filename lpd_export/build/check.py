@@ -17,7 +17,7 @@ from torch import Tensor
 from lpd_export.build.settings import Settings, Source
 from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
 from lpd_export.errors import UserError
-from lpd_export.formats import PRECISIONS
+from lpd_export.formats import FLOAT16, FLOAT32, PRECISIONS
 from lpd_export.precision.portable import portable_graphs
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
@@ -78,15 +78,16 @@ def compare_with_reference(
     files = {graph: folder / f"{graph}.onnx" for graph in GRAPH_NAMES}
     scratch = folder.with_name("portable")
     files, note = portable_graphs(files, manifest, scratch)
-    float_type = torch.float16 if manifest.float_type == "float16" else torch.float32
-    executor = OnnxRuntimeExecutor(files, float_type)
+    float_type = FLOAT16 if manifest.float_type == FLOAT16.torch else FLOAT32
+    executor = OnnxRuntimeExecutor(files, float_type.torch)
     pipeline = Pipeline(manifest, settings.schedule, executor)
     steps = pipeline.bind_steps(images=1, guided=True)
     for number, (step, expected) in enumerate(zip(steps, check.steps, strict=False), 1):
-        step.token_ids.copy_(expected.token_ids)
-        step.positions.copy_(expected.positions)
+        step.token_ids[...] = expected.token_ids.numpy()
+        step.positions[...] = expected.positions.numpy()
         step.run()
-        check_close(f"the logits of step {number}", step.logits, expected.logits, tolerance)
+        logits = torch.from_numpy(step.logits)
+        check_close(f"the logits of step {number}", logits, expected.logits, tolerance)
     image = torch.from_numpy(pipeline.detokenize(check.indices.numpy()))
     check_close("the decoded image", image, check.image, tolerance)
     if note:

@@ -14,7 +14,6 @@ from lpd_export.cli.run import run
 from lpd_export.edit_request import EditRequest
 from lpd_export.pictures import Fit
 from lpd_export.run_request import RunRequest, check_request
-from lpd_export.runtime.loading import begin_loading
 
 
 class Box(click.ParamType[tuple[int, ...]]):
@@ -110,8 +109,7 @@ def edit(
     of_run = RunRequest(Path(bundle), chosen, **options)
     check_request(of_run)
     with image_progress(quiet, verbose) as (report, advance):
-        begin_loading(of_run.bundle, of_run.device, of_run.threads)
-        from lpd_export.run import generate_images  # torch, once the mistakes are told
+        from lpd_export.run import generate_images  # once the mistakes are told
 
         result = generate_images(of_run, report, advance, request)
     for note in result.notes:

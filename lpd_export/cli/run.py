@@ -12,7 +12,6 @@ from lpd_export.cli.options import device_option, verbosity_options
 from lpd_export.cli.output import json_option, print_json
 from lpd_export.cli.progress import image_progress
 from lpd_export.run_request import ImageFormat, RunRequest, check_request
-from lpd_export.runtime.loading import begin_loading
 
 
 @click.command()
@@ -119,9 +118,7 @@ def run(
     request = RunRequest(Path(bundle), [*classes, *more_classes], **options)
     check_request(request)
     with image_progress(quiet, verbose) as (report, advance):
-        if not request.workers:
-            begin_loading(request.bundle, request.device, request.threads)
-        from lpd_export.run import TRACES, generate_images  # torch, once the mistakes are told
+        from lpd_export.run import TRACES, generate_images  # once the mistakes are told
 
         result = generate_images(request, report, advance)
     for note in result.notes:

@@ -9,7 +9,6 @@ import click
 
 from lpd_export.cli.options import batching_options, device_option
 from lpd_export.errors import UserError
-from lpd_export.runtime.loading import begin_loading
 from lpd_export.serving.request import ServeRequest
 
 
@@ -55,9 +54,6 @@ def serve(bundles: tuple[str, ...], **options: Any) -> None:
     request = ServeRequest(tuple(map(Path, bundles)), **options)
     request.check()
     request.keys()
-    if not request.on_ray:
-        for bundle in request.bundles:
-            begin_loading(bundle, request.device, request.threads)
     try:
         from lpd_export.serving.server import serve as start
     except ModuleNotFoundError as error:

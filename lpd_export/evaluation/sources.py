@@ -283,7 +283,7 @@ class BundleImages:
             "seed": seed,
             "sampling": dataclasses.asdict(sampling),
             "batch": batch,
-            "device": str(pipeline.executor.device),
+            "device": pipeline.executor.device,
             "sizes": schedule.group_sizes.tolist(),
             "orders": hashlib.sha256(schedule.orders.tobytes()).hexdigest(),
         }

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
@@ -28,6 +29,7 @@ from lpd_export.graphs.contract import LOGITS
 from lpd_export.precision.convolutions import Span, best_span, convolution_values, samples_of
 from lpd_export.precision.equalization import balances, best_scale
 from lpd_export.precision.quantization import CLIPPING, Layer, quantizable_layers, simulate_layer
+from lpd_export.runtime.arrays import Array
 from lpd_export.runtime.executor import Executor, ExecutorAround, Run
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
@@ -63,7 +65,7 @@ class Recorder(ExecutorAround):
     Args:
         executor: of graphs with the output MEASUREMENTS.
         names: of the entries, for each graph.
-        combine: torch.maximum or torch.add; both hand on NaN, so that it is never forgotten.
+        combine: np.maximum or np.add; both hand on NaN, so that it is never forgotten.
         matrices: [rows, columns] of the outputs to keep by name, for each graph.
     """
 
@@ -71,32 +73,33 @@ class Recorder(ExecutorAround):
         self,
         executor: Executor,
         names: Mapping[str, Sequence[str]],
-        combine: Callable[[Tensor, Tensor], Tensor],
+        combine: np.ufunc,
         matrices: Mapping[str, Mapping[str, tuple[int, ...]]],
     ) -> None:
         super().__init__(executor)
         self._names = names
         self._matrices = matrices
-        self._kept: dict[str, list[Tensor]] = {}
+        self._kept: dict[str, list[NDArray[np.float32]]] = {}
         self._combine = combine
-        self._values = {graph: torch.zeros(len(entries)) for graph, entries in names.items()}
+        self._values = {
+            graph: np.zeros(len(entries), np.float32) for graph, entries in names.items()
+        }
 
-    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+    def bind(self, graph: str, tensors: Mapping[str, Array]) -> Run:
         if graph not in self._names:
             return self._executor.bind(graph, tensors)
-        now = torch.zeros_like(self._values[graph], device=self.device)
+        now = np.zeros_like(self._values[graph])
         matrices = {
-            name: torch.zeros(shape, device=self.device)
-            for name, shape in self._matrices[graph].items()
+            name: np.zeros(shape, np.float32) for name, shape in self._matrices[graph].items()
         }
         run = self._executor.bind(graph, {**tensors, MEASUREMENTS: now, **matrices})
         return partial(self._run, graph, run, now, matrices)
 
-    def _run(self, graph: str, run: Run, now: Tensor, matrices: Mapping[str, Tensor]) -> None:
+    def _run(self, graph: str, run: Run, now: Array, matrices: Mapping[str, Array]) -> None:
         run()
-        self._values[graph] = self._combine(self._values[graph], now.cpu())
+        self._values[graph] = self._combine(self._values[graph], now)
         for name, matrix in matrices.items():
-            self._kept.setdefault(name, []).append(matrix.cpu().clone())
+            self._kept.setdefault(name, []).append(matrix.copy())
 
     def measured(self) -> Measured:
         """Everything so far."""
@@ -107,7 +110,10 @@ class Recorder(ExecutorAround):
 
     def kept(self) -> dict[str, Tensor]:
         """Each matrix, the rows of all runs one below the other."""
-        return {name: torch.cat(matrices) for name, matrices in self._kept.items()}
+        return {
+            name: torch.from_numpy(np.concatenate(matrices))
+            for name, matrices in self._kept.items()
+        }
 
 
 def add_measurements(model: ir.Model, scalars: Mapping[str, ir.Value]) -> list[str]:
@@ -301,7 +307,7 @@ class Calibrator:
                     instruments.matrices[f"{balance.name}/rows"] = some_rows(model.graph, output)
             return instruments
 
-        recorder = self._measure(instrument, torch.maximum)
+        recorder = self._measure(instrument, np.maximum)
         kept = recorder.kept()
         model = ir.load(self._graphs / "decode.onnx")
         found = balances(model)
@@ -327,7 +333,7 @@ class Calibrator:
             kinds: of levels, for each graph to measure.
         """
         recorder = self._measure(
-            partial(self._clipping_errors, ranges=ranges, kinds=kinds), torch.add, [*kinds]
+            partial(self._clipping_errors, ranges=ranges, kinds=kinds), np.add, [*kinds]
         )
         tried = recorder.measured()
         spans: dict[str, dict[str, Span]] = {graph: {} for graph in kinds}
@@ -346,7 +352,7 @@ class Calibrator:
                 for node, (_, clipping) in best.items()
             }
         noise = self._measure(
-            partial(self._noise, ranges=chosen, kinds=kinds), torch.add, [*kinds]
+            partial(self._noise, ranges=chosen, kinds=kinds), np.add, [*kinds]
         ).measured()
         layers = {
             graph: {
@@ -370,7 +376,7 @@ class Calibrator:
             logits = sum_of_squares(model.graph, model.graph.outputs[0])
             return Instruments({LOGITS: logits}, rows)
 
-        kept = self._measure(instrument, torch.add, ("decode",)).kept()
+        kept = self._measure(instrument, np.add, ("decode",)).kept()
         return {name.removesuffix("/rows"): rows.T @ rows for name, rows in kept.items()}
 
     def _layers(self, graph: str) -> list[Layer]:
@@ -418,7 +424,7 @@ class Calibrator:
     def _measure(
         self,
         instrument: Callable[[str, ir.Model], Instruments],
-        combine: Callable[[Tensor, Tensor], Tensor],
+        combine: np.ufunc,
         graphs: Sequence[str] = GRAPH_NAMES,
     ) -> Recorder:
         """Generates images with instrumented graphs; decodes and encodes them, if it is all."""

@@ -34,7 +34,7 @@ from lpd_export.precision.casting import lower
 from lpd_export.precision.convolutions import Spans, shares_of_work
 from lpd_export.precision.quantization import Layer, simulate_layer
 from lpd_export.precision.quantized_graph import quantize_graph
-from lpd_export.precision.worth import Simulation, worth_of_layers
+from lpd_export.precision.worth import Simulation, log_probabilities_of, worth_of_layers
 from lpd_export.progress import Report
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
@@ -128,13 +128,13 @@ class Chooser:
         labels: list[int | str | None] = [*spread_labels(manifest.model.num_classes, count)]
         # Not the images of the calibration, which the ranges fit best.
         self._images = exact.generate(labels, seed=SEED + 1, batch=count)
-        self._log_probabilities = exact.teacher_forced_logits(self._images).log_softmax(dim=-1)
+        self._log_probabilities = log_probabilities_of(exact, self._images)
         self._pixels = self._decode_images(exact, count)
         self._indices = exact.tokenize(self._pixels)
 
     def _pipeline(self, folder: Path, float_type: FloatType) -> Pipeline:
         files = {name: folder / f"{name}.onnx" for name in GRAPH_NAMES}
-        executor = OnnxRuntimeExecutor(files, getattr(torch, float_type.torch))
+        executor = OnnxRuntimeExecutor(files, float_type.torch)
         return Pipeline(self._manifest, self._schedule, executor)
 
     def _decode_images(self, pipeline: Pipeline, images: int) -> np.ndarray:
@@ -309,8 +309,8 @@ class Chooser:
         return value
 
     def _kl(self, trial: Pipeline, images: int) -> float:
-        logits = trial.teacher_forced_logits(self._images[:images])
-        return mean_kl(self._log_probabilities[:images], logits.log_softmax(dim=-1))
+        of_trial = log_probabilities_of(trial, self._images[:images])
+        return mean_kl(self._log_probabilities[:images], of_trial)
 
     def _psnr(self, trial: Pipeline, images: int) -> float:
         difference = self._decode_images(trial, images) - self._pixels[:images]

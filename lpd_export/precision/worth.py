@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from lpd_export.bundle.manifest import Manifest
 from lpd_export.graphs import contract, export
 from lpd_export.precision.quantization import Layer, quantizable_layers
+from lpd_export.runtime.arrays import Array
 from lpd_export.runtime.executor import Executor, ExecutorAround, Run
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 from lpd_export.runtime.pipeline import Pipeline
@@ -47,11 +49,11 @@ class GatedExecutor(ExecutorAround):
         self._layers = layers
         self.chosen: Sequence[int] = ()
 
-    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+    def bind(self, graph: str, tensors: Mapping[str, Array]) -> Run:
         rows = tensors[contract.TOKEN_IDS].shape[0]
-        gates = torch.nn.functional.one_hot(torch.tensor(self.chosen), self._layers)
+        gates = np.eye(self._layers, dtype=np.float32)[list(self.chosen)]
         # Rows with a condition come first, then those without: an image has one of each.
-        gates = gates.float().repeat(rows // len(self.chosen), 1)
+        gates = np.tile(gates, (rows // len(self.chosen), 1))
         return self._executor.bind(graph, {**tensors, GATES: gates})
 
 
@@ -97,6 +99,11 @@ def add_gates(model: ir.Model, nodes: Collection[str], simulate: Simulation) -> 
     return [layer.node for layer in layers]
 
 
+def log_probabilities_of(pipeline: Pipeline, images: Sequence[GeneratedImage]) -> Tensor:
+    """[B, S, V], guided, of each token that images are made of, in generation order."""
+    return torch.from_numpy(pipeline.teacher_forced_logits(images)).log_softmax(dim=-1)
+
+
 def worth_of_layers(
     graphs: Path,
     scratch: Path,
@@ -128,8 +135,8 @@ def worth_of_layers(
     for first in range(0, len(layers), TOGETHER):
         executor.chosen = range(first, min(first + TOGETHER, len(layers)))
         for image, exact in zip(images[:count], log_probabilities[:count], strict=True):
-            rounded = pipeline.teacher_forced_logits([image] * len(executor.chosen))
-            divergence = (exact.exp() * (exact - rounded.log_softmax(dim=-1))).sum(dim=-1)
+            rounded = log_probabilities_of(pipeline, [image] * len(executor.chosen))
+            divergence = (exact.exp() * (exact - rounded)).sum(dim=-1)
             worth[first : first + TOGETHER] += divergence.mean(dim=-1) / count
     for file in scratch.iterdir():
         file.unlink()

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
 from lpd_export.formats import BACKENDS
+from lpd_export.runtime.arrays import HOST
 from lpd_export.runtime.executor import Executor
-from lpd_export.runtime.loading import WEIGHTS, take_begun
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
+
+WEIGHTS = "onnx/weights.data"
+"""The file that the ONNX graphs of a bundle share."""
 
 
 def open_executor(
@@ -30,23 +31,18 @@ def open_executor(
             ONNX weights were altered is known when a graph is loaded.
     """
     manifest = bundle.manifest
-    float_type = getattr(torch, manifest.float_type)
     graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
     if not BACKENDS[manifest.backend].compiles:
-        on_cpu = device in (None, "cpu") and profiles is None
-        begun = take_begun(bundle, threads) if on_cpu else None
-        # While graphs are loaded: reading and packing weights takes as long as their checksum.
-        verified = begun.weights_verified if begun else bundle.verify_meanwhile(WEIGHTS)
         return OnnxRuntimeExecutor(
             {graph: bundle.file(name) for graph, name in graphs.items()},
-            float_type,
-            device or "cpu",
+            manifest.float_type,
+            device or HOST,
             threads,
             profiles,
-            verified,
-            begun.sessions if begun else None,
+            # While graphs are loaded: reading and packing them takes as long as their checksum.
+            bundle.verify_meanwhile(WEIGHTS),
         )
-    if device == "cpu" or threads is not None:
+    if device == HOST or threads is not None:
         raise UserError(
             f"{bundle.path} holds {manifest.backend} engines, which run on a GPU: leave out the "
             "CPU's settings, or build a bundle with --backend onnxruntime"
@@ -56,7 +52,7 @@ def open_executor(
     cache = cache_folder() / f"kernels-{sha256(bundle.path / MANIFEST)[:32]}.bin"
     return TensorRTExecutor(
         {graph: bundle.file(f"engines/{graph}.engine") for graph in graphs},
-        float_type,
+        manifest.float_type,
         manifest.backend,
         device or "cuda",
         cache if BACKENDS[manifest.backend].portable else None,

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-import torch
-from torch import Tensor
+from lpd_export.runtime.arrays import Array, Arrays
 
 Run = Callable[[], None]
 
@@ -15,16 +14,20 @@ Run = Callable[[], None]
 class Executor(Protocol):
     """Runs the graphs of one bundle on one device.
 
-    An executor binds tensors by address: it neither copies nor allocates what it is given, and
+    An executor binds arrays by address: it neither copies nor allocates what it is given, and
     a cache bound as input and output at once is updated in place.
     """
 
     @property
-    def device(self) -> torch.device:
-        """Where bound tensors must lie."""
+    def arrays(self) -> Arrays:
+        """Makes the arrays that can be bound."""
 
     @property
-    def float_type(self) -> torch.dtype:
+    def device(self) -> str:
+        """Where they lie: "cpu", "cuda" or "cuda:1"."""
+
+    @property
+    def float_type(self) -> str:
         """The type of the graphs' float inputs and outputs, all but the logits (float32)."""
 
     @property
@@ -36,22 +39,22 @@ class Executor(Protocol):
         """Whether `record` gives a recording; work that is replayed cannot tell its progress."""
 
     def stream(self) -> AbstractContextManager[None]:
-        """Inside, tensor operations and bound graphs are launched in order of one stream."""
+        """Inside, array operations and bound graphs are launched in order of one stream."""
 
     def record(self, work: Run) -> Run:
         """A call that repeats all that `work` launches on the device, in one launch.
 
-        `work` must look at no value and always use the same tensors. Where the device has no
+        `work` must look at no value and always use the same arrays. Where the device has no
         recordings this is `work` itself.
         """
 
-    def load(self, graph: str) -> object:
-        """Makes a graph ready now rather than when it is first bound."""
+    def load(self, *graphs: str) -> None:
+        """Makes graphs ready now rather than when they are first bound."""
 
-    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
-        """A call that runs `graph` once over these very tensors, inputs and outputs by name.
+    def bind(self, graph: str, tensors: Mapping[str, Array]) -> Run:
+        """A call that runs `graph` once over these very arrays, inputs and outputs by name.
 
-        The tensors must be contiguous; the call keeps them alive, and raises GraphError if the
+        The arrays must be contiguous; the call keeps them alive, and raises GraphError if the
         graph fails on what they hold, UserError if memory does not suffice.
         """
 
@@ -66,16 +69,16 @@ class ExecutorAround:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self.device, self.float_type = executor.device, executor.float_type
-        self.threads = executor.threads
+        self.arrays, self.device = executor.arrays, executor.device
+        self.float_type, self.threads = executor.float_type, executor.threads
 
     def stream(self) -> AbstractContextManager[None]:
         """As of the other."""
         return self._executor.stream()
 
-    def load(self, graph: str) -> object:
-        """Loads it in the other."""
-        return self._executor.load(graph)
+    def load(self, *graphs: str) -> None:
+        """Loads them in the other."""
+        self._executor.load(*graphs)
 
     def record(self, work: Run) -> Run:
         """`work` itself."""

@@ -13,17 +13,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from lpd_export.bundle.manifest import ModelDescription
 from lpd_export.errors import NumericalError, UserError
+from lpd_export.formats import FLOAT_TYPES
 from lpd_export.graphs import contract
+from lpd_export.runtime.arrays import HOST, Array
 from lpd_export.runtime.executor import Executor, Run
 from lpd_export.runtime.sampler import Sampling, SamplingRows, StepCells, choose_draw_step
 from lpd_export.schedule.phases import Phase, attention_mask
 
-OnStep = Callable[[int, Tensor], None]
+OnStep = Callable[[int, Array], None]
 
 
 def conditions(
@@ -31,7 +33,7 @@ def conditions(
     labels: Sequence[int | None],
     samplings: Sequence[Sampling],
     guided: bool,
-) -> Tensor:
+) -> NDArray[np.int64]:
     """The condition ids [R, 1] int64 of images: one each, and if guided the null one.
 
     An image of cfg 1 among guided ones has its own condition twice: its guided logits are
@@ -41,16 +43,16 @@ def conditions(
     if guided:
         null = model.condition_id(None)
         ids += [null if s.guided else own for s, own in zip(samplings, ids, strict=True)]
-    return torch.tensor(ids).unsqueeze(1)
+    return np.array(ids)[:, None]
 
 
 class Step(NamedTuple):
-    """One decode phase with its tensors, bound."""
+    """One decode phase with its arrays, bound."""
 
     phase: Phase
-    token_ids: Tensor
-    positions: Tensor
-    logits: Tensor
+    token_ids: Array
+    positions: Array
+    logits: Array
     run: Run
 
 
@@ -95,14 +97,14 @@ class Generator:
     def generate(
         self,
         labels: Sequence[int | None],
-        orders: Tensor,
-        uniform: Tensor,
+        orders: NDArray[np.int64],
+        uniform: NDArray[np.float64],
         samplings: Sequence[Sampling],
-        given: Tensor | None = None,
+        given: NDArray[np.int64] | None = None,
         on_step: OnStep = lambda step, token_ids: None,
         size: int | None = None,
         guided: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Array, Array]:
         """Token ids [B, S] int64 in raster order, and images [B, 3, height, width] in [-1, 1].
 
         Args:
@@ -119,14 +121,15 @@ class Generator:
                 the last image, and are not returned.
             guided: whether the buffers have null rows, if other batches may need them.
 
-        The returned tensors are the generator's own buffers: the next call overwrites them.
+        The returned arrays, on the device, are the generator's own buffers: the next call
+        overwrites them.
 
         Raises:
             UserError: if the logits of a step are not finite, or memory does not suffice.
         """
         images, size = len(labels), size or len(labels)
         guided = any(s.guided for s in samplings) if guided is None else guided
-        given = torch.full_like(orders, -1) if given is None else given
+        given = np.full_like(orders, -1) if given is None else given
         try:
             batch = self._bound(size, guided)
             repeated = [*range(images), *[images - 1] * (size - images)]
@@ -145,13 +148,13 @@ class Generator:
                 )
                 self._run(batch, filtered, on_step)
                 # The only look at the device, after everything has been launched.
-                finite = batch.finite.cpu()
-        except torch.OutOfMemoryError as error:
+                finite = self._executor.arrays.take(batch.finite)
+        except self._executor.arrays.out_of_memory as error:
             self.free()
             raise UserError(
-                f"a batch of {images} does not fit in the GPU's memory: use a smaller batch"
+                f"a batch of {images} does not fit in memory: use a smaller batch"
             ) from error
-        for cell, image in (~finite).T.nonzero().tolist()[:1]:
+        for cell, image in np.argwhere(~finite.T)[:1].tolist():
             step = next(p.index for p in self._phases if cell < p.first_cell + p.queries)
             broken = NumericalError(
                 f"the logits of step {step + 1} (phase {step}, {'decode' if step else 'prefill'}) "
@@ -179,7 +182,6 @@ class Generator:
             self._batch.bind_detokenize(self._resolution)
         return self._batch
 
-    @torch.inference_mode()
     def _run(self, batch: Batch, filtered: bool, on_step: OnStep) -> None:
         if not self._executor.records:
             batch.launch(filtered, on_step)
@@ -209,41 +211,33 @@ class Batch:
         self._model = model
         self._executor = executor
         rows = 2 * size if guided else size
-        device, float_type, cells = executor.device, executor.float_type, model.cells
+        arrays, cells = executor.arrays, model.cells
 
-        def integers(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=float_type, device=device)
+        def integers(*shape: int) -> Array:
+            return arrays.zeros(shape, "int64")
 
         self.orders = integers(size, cells)
-        self.uniform = torch.zeros(size, cells, dtype=torch.float64, device=device)
-        self.sampling = SamplingRows(
-            *(
-                values.to(device)
-                for values in SamplingRows.of([Sampling()] * size, cells, model.vocab_size)
-            )
-        )
+        # Where a token of an image belongs: [B, 1] beside orders [B, S].
+        self._images = arrays.put(np.arange(size)[:, None])
+        self.uniform = arrays.zeros((size, cells), "float64")
+        self.sampling = SamplingRows.of([Sampling()] * size, cells, model.vocab_size).on(arrays)
         self.given = integers(size, cells)  # in generation order, below 0 where a token is drawn
         self._drawn = integers(size, cells)  # likewise
-        self.finite = torch.ones(size, cells, dtype=torch.bool, device=device)  # likewise
+        self.finite = arrays.zeros((size, cells), "bool")  # likewise
         self.token_ids = integers(size, cells)
         cache_shape = (rows, model.heads, cells + 1, model.head_dim)
         self._caches = {
-            f"{kind}_{layer}": floats(*cache_shape)
+            f"{kind}_{layer}": arrays.zeros(cache_shape, executor.float_type)
             for kind in ("key", "value")
             for layer in range(model.depth)
         }
         # One buffer for all steps' logits: only the current step's are ever needed.
         most_queries = max(phase.queries for phase in phases)
-        all_logits = torch.zeros(
-            rows * most_queries * model.vocab_size, dtype=torch.float32, device=device
-        )
+        all_logits = arrays.zeros((rows * most_queries * model.vocab_size,), "float32")
         self.steps = [
             self._bind_step(phase, rows, self._caches, all_logits, integers) for phase in phases
         ]
-        self.images = floats(0)  # until the decoder is bound
+        self.images = arrays.zeros((0,), executor.float_type)  # until the decoder is bound
         self._detokenize: list[Run] = []
         self.nbytes = all_logits.nbytes + sum(cache.nbytes for cache in self._caches.values())
         """Of caches and logits; what else there is is small."""
@@ -252,22 +246,21 @@ class Batch:
         self,
         phase: Phase,
         rows: int,
-        caches: dict[str, Tensor],
-        all_logits: Tensor,
-        integers: Callable[..., Tensor],
+        caches: dict[str, Array],
+        all_logits: Array,
+        integers: Callable[..., Array],
     ) -> Step:
         shape = (rows, phase.queries, self._model.vocab_size)
-        logits = all_logits[: shape[0] * shape[1] * shape[2]].view(shape)
+        logits = all_logits[: shape[0] * shape[1] * shape[2]].reshape(shape)
         token_ids = integers(rows, phase.context)
         positions = integers(rows, phase.tokens)
-        masked = torch.finfo(self._executor.float_type).min
-        mask = torch.from_numpy(
-            attention_mask(phase, self._model.cells, masked, self._mutual_visibility)
-        )
+        arrays, float_type = self._executor.arrays, self._executor.float_type
+        masked = -FLOAT_TYPES[float_type].largest
+        mask = attention_mask(phase, self._model.cells, masked, self._mutual_visibility)
         tensors = {
             contract.TOKEN_IDS: token_ids,
             contract.POSITIONS: positions,
-            contract.ATTENTION_MASK: mask.to(self._executor.device, self._executor.float_type),
+            contract.ATTENTION_MASK: arrays.put(mask, float_type),
             contract.WRITE_INDEX: integers(rows) + phase.write_index,
             contract.LOGITS: logits,
         }
@@ -279,39 +272,41 @@ class Batch:
     def clear_caches(self) -> None:
         """Forgets keys and values: no mask hides a NaN that a failed generation left there."""
         for cache in self._caches.values():
-            cache.zero_()
+            cache[...] = 0
 
     def bind_detokenize(self, resolution: int) -> None:
         """Binds the decoder from `token_ids` to `images`; single steps do without."""
         shape = (self.size, 3, resolution, resolution)
-        self.images = torch.zeros(shape, dtype=self._executor.float_type, device=self.orders.device)
+        self.images = self._executor.arrays.zeros(shape, self._executor.float_type)
         # A CPU gains nothing from decoding images together, and would hold all their activations.
-        chunk = 1 if self._executor.device.type == "cpu" else self.size
+        chunk = 1 if self._executor.device == HOST else self.size
+        parts = [slice(first, first + chunk) for first in range(0, self.size, chunk)]
         self._detokenize = [
-            self._executor.bind("detokenize", {contract.INDICES: indices, contract.IMAGE: images})
-            for indices, images in zip(
-                self.token_ids.split(chunk), self.images.split(chunk), strict=True
+            self._executor.bind(
+                "detokenize",
+                {contract.INDICES: self.token_ids[part], contract.IMAGE: self.images[part]},
             )
+            for part in parts
         ]
 
     def load(
         self,
         labels: Sequence[int | None],
-        orders: Tensor,
-        uniform: Tensor,
+        orders: NDArray[np.int64],
+        uniform: NDArray[np.float64],
         samplings: Sequence[Sampling],
-        given: Tensor,
+        given: NDArray[np.int64],
     ) -> None:
         """Copies the inputs of a generation into the buffers."""
-        model = self._model
-        self.orders.copy_(orders)
-        self.uniform.copy_(uniform)
-        self.given.copy_(given.gather(1, orders))
+        model, put = self._model, self._executor.arrays.put
+        self.orders[...] = put(orders)
+        self.uniform[...] = put(uniform)
+        self.given[...] = put(np.take_along_axis(given, orders, axis=1))
         rows = SamplingRows.of(samplings, model.cells, model.vocab_size)
-        for buffer, values in zip(self.sampling, rows, strict=True):
-            buffer.copy_(values)
-        self.steps[0].token_ids.copy_(conditions(model, labels, samplings, self.guided))
-        positions = torch.cat([torch.zeros_like(self.orders[:, :1]), self.orders + 1], dim=1)
+        for buffer, values in zip(self.sampling, rows.on(self._executor.arrays), strict=True):
+            buffer[...] = values
+        self.steps[0].token_ids[...] = put(conditions(model, labels, samplings, self.guided))
+        positions = put(np.pad(orders + 1, [(0, 0), (1, 0)]))
         for step in self.steps:
             first = step.phase.write_index
             self._copy_to_rows(step.positions, positions[:, first : first + step.phase.tokens])
@@ -329,12 +324,12 @@ class Batch:
                 self._copy_to_rows(self.steps[number + 1].token_ids, cells.tokens)
             if on_step is not None:
                 of_step = self.orders[:, first : first + step.phase.queries]
-                self.token_ids.scatter_(1, of_step, cells.tokens)
+                self.token_ids[self._images, of_step] = cells.tokens
                 on_step(number + 1, self.token_ids)
-        self.token_ids.scatter_(1, self.orders, self._drawn)
+        self.token_ids[self._images, self.orders] = self._drawn
         for run in self._detokenize:
             run()
 
-    def _copy_to_rows(self, rows: Tensor, images: Tensor) -> None:
+    def _copy_to_rows(self, rows: Array, images: Array) -> None:
         """Copies [B, n] into the rows of each image, conditional and null."""
-        rows.view(-1, self.size, images.shape[1]).copy_(images)
+        rows.reshape(-1, self.size, images.shape[1])[...] = images

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from lpd_export.errors import UserError
 from lpd_export.machine.facts import read_memory
+from lpd_export.runtime.arrays import HOST
 
 
-def check_memory(batch: int, needed: int, held: int, device: torch.device) -> None:
+def check_memory(batch: int, needed: int, held: int, device: str) -> None:
     """Raises UserError if the buffers of a batch of this size do not fit.
 
     Args:
@@ -25,12 +24,14 @@ def check_memory(batch: int, needed: int, held: int, device: torch.device) -> No
         )
 
 
-def free_memory(device: torch.device) -> int | None:
+def free_memory(device: str) -> int | None:
     """Free bytes of a device's memory, where the system tells them.
 
     Blocks that torch keeps for its next tensors count as free.
     """
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    return read_memory().free
+    if device == HOST:
+        return read_memory().free
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

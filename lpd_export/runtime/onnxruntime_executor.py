@@ -1,41 +1,43 @@
 """ONNX Runtime: graphs run from their ONNX files, on the CPU or through CUDA.
 
-Tensors are bound by address through IOBinding; on a GPU, ONNX Runtime launches on the stream that
-torch's operations use, so that nothing has to wait in between.
+Arrays are bound by address through IOBinding; on a GPU, ONNX Runtime launches on the stream that
+torch's operations use, so that nothing has to wait in between. On the CPU there is no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
-import torch
-from torch import Tensor
 
 from lpd_export.errors import GraphError, UserError
+from lpd_export.runtime.arrays import (
+    HOST,
+    Array,
+    address_of,
+    arrays_of,
+    dtype_name,
+    is_contiguous,
+)
 from lpd_export.runtime.executor import Run
-from lpd_export.runtime.onnxruntime_session import PROVIDERS, load_session, session_options
+from lpd_export.runtime.onnxruntime_session import (
+    PROVIDERS,
+    load_session,
+    session_options,
+    usable_cores,
+)
 
-ELEMENT_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+if TYPE_CHECKING:
+    import torch
+
 OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory")
 """What of its errors' words tells that memory does not suffice; they have no type that does."""
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Inside, torch's operations on a CPU take so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def cuda_options(device_index: int, stream: int) -> dict[str, str]:
@@ -60,7 +62,6 @@ class OnnxRuntimeExecutor:
         profiles: a folder for what ONNX Runtime's profiler finds (see `take_profiles`).
         weights_verified: waits until the weights that the files refer to are verified, and raises
             UserError if they are damaged; no graph is loaded for use before.
-        begun: sessions on the CPU, with these threads, that are being loaded already.
 
     Raises:
         UserError: if ONNX Runtime has no provider for the device here.
@@ -71,47 +72,52 @@ class OnnxRuntimeExecutor:
     def __init__(
         self,
         files: Mapping[str, Path],
-        float_type: torch.dtype = torch.float32,
-        device: str = "cpu",
+        float_type: str = "float32",
+        device: str = HOST,
         threads: int | None = None,
         profiles: Path | None = None,
         weights_verified: Callable[[], None] = lambda: None,
-        begun: Mapping[str, Future[onnxruntime.InferenceSession]] | None = None,
     ) -> None:
         self._profiles = profiles
         self._weights_verified = weights_verified
-        self._begun = dict(begun or {})
         self.float_type = float_type
-        self.device = torch.device(device)
+        self._kind, _, number = device.partition(":")
+        self._device_index = int(number or 0)
         self._files = dict(files)
         self._threads = threads  # None leaves the operators' to ONNX Runtime
-        self.threads = threads or torch.get_num_threads()
+        self.threads = threads or usable_cores()
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        provider = PROVIDERS[self.device.type]
+        provider = PROVIDERS[self._kind]
         if provider not in onnxruntime.get_available_providers():
             raise UserError(
                 f"ONNX Runtime has no {provider} here: install onnxruntime-gpu, or use the CPU"
             )
-        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
-            number = f" {self.device.index}" if self.device.index else ""
-            raise UserError(
-                f"torch sees no CUDA GPU{number} here: use the CPU, or check the driver"
-            )
+        self.device, self.arrays = device, arrays_of(device)
+        if device == HOST:
+            return
+        import torch
+
+        if self._device_index >= torch.cuda.device_count():
+            which = f" {self._device_index}" if self._device_index else ""
+            raise UserError(f"torch sees no CUDA GPU{which} here: use the CPU, or check the driver")
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
         if self._side_stream is None:
-            # Operations between graphs are small, and after each torch's other threads would spin
-            # for a while, on the cores that the graph's next operators need.
-            with torch_threads(1):
-                yield
+            yield
             return
+        import torch
+
         with torch.cuda.stream(self._side_stream):
             yield
 
     @cached_property
     def _side_stream(self) -> torch.cuda.Stream | None:
-        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self.device == HOST:
+            return None
+        import torch
+
+        return torch.cuda.Stream(self.device)
 
     def record(self, work: Run) -> Run:
         return work
@@ -121,38 +127,38 @@ class OnnxRuntimeExecutor:
         stream = self._side_stream
         options = {}
         if stream is not None:
-            options = cuda_options(stream.device.index or 0, stream.cuda_stream)
-        return PROVIDERS[self.device.type], options
+            options = cuda_options(self._device_index, stream.cuda_stream)
+        return PROVIDERS[self._kind], options
 
-    def load(self, graph: str) -> onnxruntime.InferenceSession:
-        """The session of a graph.
+    def load(self, *graphs: str) -> None:
+        """Loads graphs, each in a thread.
 
         Raises:
-            UserError: if this version of ONNX Runtime cannot run the file, or it is damaged.
+            UserError: if this version of ONNX Runtime cannot run a file, or it is damaged.
         """
-        if graph not in self._sessions:
-            try:
-                session = self._session(graph)
-            finally:
-                # Of damaged weights nothing is used, nor is another reason given.
-                self._weights_verified()
-            self._sessions[graph] = session
-        return self._sessions[graph]
+        new = [graph for graph in graphs if graph not in self._sessions]
+        if not new:
+            return
+        try:
+            with ThreadPoolExecutor(len(new), "load") as pool:
+                sessions = [*pool.map(self._new_session, new)]
+        finally:
+            # Of damaged weights nothing is used, nor is another reason given.
+            self._weights_verified()
+        self._sessions |= zip(new, sessions, strict=True)
 
-    def _session(self, graph: str) -> onnxruntime.InferenceSession:
-        if graph in self._begun:
-            return self._begun[graph].result()
+    def _new_session(self, graph: str) -> onnxruntime.InferenceSession:
         profile = self._profiles / graph if self._profiles is not None else None
-        float_type = np.dtype(ELEMENT_TYPES[self.float_type]).name
-        options = session_options(float_type, self._threads, profile)
+        options = session_options(self.float_type, self._threads, profile)
         return load_session(self._files[graph], options, self._provider)
 
     def take_profiles(self) -> dict[str, Path]:
         """Ends profiling: by graph, the file that ONNX Runtime's profiler wrote."""
         return {graph: Path(run.end_profiling()) for graph, run in self._sessions.items()}
 
-    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
-        session = self.load(graph)
+    def bind(self, graph: str, tensors: Mapping[str, Array]) -> Run:
+        self.load(graph)
+        session = self._sessions[graph]
         names = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
         if strange := names ^ set(tensors):
             raise GraphError(
@@ -166,17 +172,17 @@ class OnnxRuntimeExecutor:
         ):
             for value in values:
                 tensor = tensors[value.name]
-                assert tensor.is_contiguous(), value.name
+                assert is_contiguous(tensor), value.name
                 bind(
                     value.name,
-                    self.device.type,
-                    tensor.device.index or 0,
-                    ELEMENT_TYPES[tensor.dtype],
+                    self._kind,
+                    self._device_index,
+                    np.dtype(dtype_name(tensor)),
                     tuple(tensor.shape),
-                    tensor.data_ptr(),
+                    address_of(tensor),
                 )
         options = onnxruntime.RunOptions()
-        if self.device.type == "cuda":
+        if self.device != HOST:
             # Both sides launch on one stream; waiting for it after each graph would idle the GPU.
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return partial(_run, self._files[graph], session, binding, options, dict(tensors))
@@ -187,7 +193,7 @@ def _run(
     session: onnxruntime.InferenceSession,
     binding: onnxruntime.IOBinding,
     options: onnxruntime.RunOptions,
-    bound: Mapping[str, Tensor],  # referred to by address alone, and so kept alive here
+    bound: Mapping[str, Array],  # referred to by address alone, and so kept alive here
 ) -> None:
     try:
         session.run_with_iobinding(binding, options)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lpd_export.bounds import Positive, checked
@@ -23,11 +22,11 @@ from lpd_export.errors import NumericalError, UserError
 from lpd_export.images import BLANK, to_uint8
 from lpd_export.pictures import Fit, Picture, fit_picture, read_picture
 from lpd_export.runtime import teacher_forcing, tokenizer
+from lpd_export.runtime.arrays import Array
 from lpd_export.runtime.backends import open_executor
 from lpd_export.runtime.editing import Box, Edit, Source, select
 from lpd_export.runtime.executor import Executor
 from lpd_export.runtime.generator import Batch, Generator, Step
-from lpd_export.runtime.loading import GRAPHS
 from lpd_export.runtime.memory import check_memory
 from lpd_export.runtime.requests import GeneratedImage, ImageRequest
 from lpd_export.runtime.sampler import GuidanceSchedule, Sampling
@@ -43,8 +42,10 @@ from lpd_export.schedule.schedule_file import Schedule
 OTHER_NAMES = {"guidance_scale": "cfg", "cfg_scale": "cfg", "batch_size": "batch"}
 """What other libraries call them."""
 
+GENERATING = ("decode", "detokenize")
+"""The graphs that every image needs."""
 
-Watch = Callable[[int, torch.Tensor], None]
+Watch = Callable[[int, NDArray[np.int64]], None]
 
 
 class Progress(NamedTuple):
@@ -132,8 +133,7 @@ class Pipeline:
         schedule = opened.schedule()
         executor = open_executor(opened, device, threads)
         # Loaded now, so that the first image is not slower than the rest.
-        for graph in GRAPHS:
-            executor.load(graph)
+        executor.load(*GENERATING)
         return cls(opened.manifest, schedule, executor, mutual_visibility)
 
     def generate(
@@ -388,27 +388,29 @@ class Pipeline:
     ) -> list[GeneratedImage]:
         """The images of a batch; `size` is of the buffers, that nothing is bound anew."""
 
-        def on_step(step: int, token_ids: torch.Tensor) -> None:
+        arrays = self._executor.arrays
+
+        def on_step(step: int, token_ids: Array) -> None:
             if progress is not None:
                 progress(Progress(chunk[0].index, len(chunk), step, schedule.steps))
             if watch is not None:
-                watch(step, token_ids[: len(chunk)])
+                watch(step, arrays.take(token_ids[: len(chunk)]))
 
         nothing = np.full(schedule.cells, -1)
         given = [nothing if r.given is None else r.given for r in chunk]
         buffer, images = self._generator(schedule).generate(
             [request.label for request in chunk],
-            torch.from_numpy(np.stack([r.order_of(schedule) for r in chunk])),
-            torch.from_numpy(np.stack([r.chance(schedule).uniform for r in chunk])),
+            np.stack([r.order_of(schedule) for r in chunk]),
+            np.stack([r.chance(schedule).uniform for r in chunk]),
             [request.sampling for request in chunk],
-            torch.from_numpy(np.stack(given)),
+            np.stack(given),
             on_step,
             size,
             guided,
         )
         # Copied: the caller may generate others between two images.
-        token_ids = buffer.cpu().numpy().copy()
-        pixels = to_uint8(images.float().cpu().numpy())
+        token_ids = arrays.take(buffer).copy()
+        pixels = to_uint8(arrays.take(images, "float32"))
         names = [display_name(self.manifest.class_names, request.label) for request in chunk]
         return [
             GeneratedImage(pixels[row], token_ids[row], request, names[row], schedule)
@@ -440,7 +442,7 @@ class Pipeline:
             self._executor, self.manifest.model, phases, images, guided, self._mutual_visibility
         ).steps
 
-    def teacher_forced_logits(self, images: Sequence[GeneratedImage]) -> torch.Tensor:
+    def teacher_forced_logits(self, images: Sequence[GeneratedImage]) -> NDArray[np.float32]:
         """Guided logits [B, S, V] float32 of each token of images, in generation order.
 
         As `forced_logits`, each image along its own order.
@@ -472,7 +474,7 @@ class Pipeline:
         orders: NDArray[np.int64],
         sampling: Sampling | Sequence[Sampling],
         schedule: Schedule | None = None,
-    ) -> torch.Tensor:
+    ) -> NDArray[np.float32]:
         """Guided logits [B, S, V] float32, in generation order, of given images.
 
         Every step is given the images' tokens, whatever it would have drawn; keys and values are

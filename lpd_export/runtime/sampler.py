@@ -1,7 +1,7 @@
 """From logits to tokens: guidance, temperature, filters, and the draw.
 
-Each image of a batch has settings of its own: they are rows of tensors, never constants.
-Plain tensor operations on the executor's device, of fixed shapes and without a look at a value
+Each image of a batch has settings of its own: they are rows of arrays, never constants.
+Plain array operations on the executor's device, of fixed shapes and without a look at a value
 from the host, so that on a GPU they can be captured with the graphs around them.
 """
 
@@ -14,22 +14,26 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
+from math import prod
 from typing import NamedTuple, Self, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from lpd_export.bounds import Cfg, GuidanceSchedule, Positive, Probability, Temperature, checked
+from lpd_export.runtime.arrays import HOST, Array, Arrays, arrays_of, namespace_of, on_host
 
 GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
 
 BANDS = 32
 """Bands of probability, a factor of e each, in which tokens are laid out; the last has the rest."""
 
-WHOLE = 2.0**44
+WHOLE = 2.0**34
 """The weight of a row's most probable token. Weights are whole numbers, whose sums are the same in
-any order: whatever adds them up draws the same. A sum of 2^18 tokens fits in 64 bits."""
+any order: whatever adds them up draws the same. A sum of 2^18 tokens is exact in a float64."""
+
+BLOCK = 128
+"""Tokens that are passed at once in search of the one that is drawn."""
 
 IN_CACHE = 2**16
 """Logits drawn from at once on a CPU, so that what is computed of them stays in its cache."""
@@ -67,57 +71,62 @@ class Sampling:
         """Whether a token's rank decides if it may be drawn: by top_k or top_p."""
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
-    def scale(self, cells: int) -> Tensor:
+    def scale(self, cells: int) -> NDArray[np.float32]:
         """The guidance factor [S] float32 of each generation index."""
         if self.guidance == "constant":
-            return torch.full((cells,), self.cfg, dtype=torch.float32)
-        return 1 + (self.cfg - 1) * torch.arange(cells, dtype=torch.float32) / cells
+            return np.full(cells, self.cfg, np.float32)
+        growth = np.float32(self.cfg - 1) * np.arange(cells, dtype=np.float32)
+        return np.float32(1) + growth / np.float32(cells)
 
 
 class SamplingRows(NamedTuple):
-    """The settings of B images as tensors; B may be of different users."""
+    """The settings of B images as arrays; B may be of different users."""
 
-    scale: Tensor
+    scale: Array
     """[B, S] float32, the guidance factor of each generation index."""
-    temperature: Tensor
+    temperature: Array
     """[B] float32."""
-    top_k: Tensor
+    top_k: Array
     """[B] int64, at most V; V keeps all."""
-    top_p: Tensor
+    top_p: Array
     """[B] float32; infinity keeps all."""
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], cells: int, vocab_size: int) -> Self:
-        """On the CPU, for S cells and V tokens."""
-        p = [torch.inf if s.top_p is None or s.top_p >= 1 else s.top_p for s in samplings]
+        """On the host, for S cells and V tokens."""
+        p = [np.inf if s.top_p is None or s.top_p >= 1 else s.top_p for s in samplings]
         return cls(
-            torch.stack([sampling.scale(cells) for sampling in samplings]),
-            torch.tensor([s.temperature for s in samplings], dtype=torch.float32),
-            torch.tensor([min(s.top_k or vocab_size, vocab_size) for s in samplings]),
-            torch.tensor(p, dtype=torch.float32),
+            np.stack([sampling.scale(cells) for sampling in samplings]),
+            np.array([s.temperature for s in samplings], np.float32),
+            np.array([min(s.top_k or vocab_size, vocab_size) for s in samplings]),
+            np.array(p, np.float32),
         )
+
+    def on(self, arrays: Arrays) -> Self:
+        """The same on a device."""
+        return type(self)(*(arrays.put(values) for values in self))
 
 
 class StepCells(NamedTuple):
     """What is drawn from and to at the cells of a step: [B, Q], views of [B, S]."""
 
-    uniform: Tensor
+    uniform: Array
     """float64 in [0, 1)."""
-    scale: Tensor
+    scale: Array
     """float32, the guidance factor."""
-    given: Tensor
+    given: Array
     """int64, the token to be taken instead of a draw; below 0 if there is none."""
-    tokens: Tensor
+    tokens: Array
     """int64, written."""
-    finite: Tensor
+    finite: Array
     """bool, written: whether the guided logits are finite; the token is any if not."""
 
 
-DrawStep = Callable[[Tensor, StepCells, SamplingRows, bool, bool], None]
+DrawStep = Callable[[Array, StepCells, SamplingRows, bool, bool], None]
 
 
 def draw_step(
-    logits: Tensor,
+    logits: Array,
     cells: StepCells,
     rows: SamplingRows,
     guided: bool,
@@ -127,7 +136,7 @@ def draw_step(
     """Draws the tokens of a step into `cells`.
 
     Args:
-        logits: [R, Q, V], conditional rows and, if guided, null rows after them.
+        logits: [R, Q, V] float32, conditional rows and, if guided, null rows after them.
         cells: of the step.
         rows: the settings of each image.
         guided: whether there are null rows.
@@ -136,18 +145,18 @@ def draw_step(
     """
     images, queries = cells.tokens.shape
     together = queries
-    if logits.device.type == "cpu":
+    if on_host(logits):
         together = max(1, IN_CACHE // (images * logits.shape[-1]))
-    inference = torch.is_inference_mode_enabled()  # of this thread
 
     def draw(first: int) -> None:
         of_some = logits[:, first : first + together]
         some = StepCells(*(view[:, first : first + together] for view in cells))
-        with torch.inference_mode(inference):
+        # What is not finite is said of the image, not by NumPy of each operation.
+        with np.errstate(all="ignore"):
             guided_logits = guide(of_some, some.scale) if guided else of_some
             drawn, finite = sample(guided_logits, some.uniform, rows, filtered)
-            some.finite.copy_(finite)
-            torch.where(some.given < 0, drawn, some.given, out=some.tokens)
+        some.finite[...] = finite
+        some.tokens[...] = namespace_of(drawn).where(some.given < 0, drawn, some.given)
 
     firsts = range(0, queries, together)
     in_parts = _drawing_threads(threads).map if threads > 1 and len(firsts) > 1 else map
@@ -157,24 +166,23 @@ def draw_step(
 
 @cache
 def _drawing_threads(count: int) -> ThreadPoolExecutor:
-    """Threads on each of which torch computes alone."""
-    return ThreadPoolExecutor(count, "draw", torch.set_num_threads, (1,))
+    return ThreadPoolExecutor(count, "draw")
 
 
 @cache
-def choose_draw_step(device: torch.device, threads: int = 1) -> DrawStep:
+def choose_draw_step(device: str, threads: int = 1) -> DrawStep:
     """How to draw on a device: `draw_step`, or the same in one or two kernels on a GPU with Triton.
 
     The kernels are tried first, against `draw_step`; a RuntimeWarning says why they are not used.
     """
-    if device.type == "cpu" and threads > 1:
+    if device == HOST:
         return partial(draw_step, threads=threads)
-    if device.type != "cuda" or find_spec("triton") is None:
+    if not device.startswith("cuda") or find_spec("triton") is None:
         return draw_step
     try:
         from lpd_export.runtime import triton_sampler
 
-        difference = first_difference(triton_sampler.draw_step, device)
+        difference = first_difference(triton_sampler.draw_step, arrays_of(device))
     except Exception as error:  # of a compiler, a driver or Triton itself
         difference = f"{type(error).__name__}: {error}".splitlines()[0]
     if difference is None:
@@ -188,51 +196,58 @@ def choose_draw_step(device: torch.device, threads: int = 1) -> DrawStep:
     return draw_step
 
 
-def first_difference(draw: DrawStep, device: torch.device) -> str | None:
+def first_difference(draw: DrawStep, arrays: Arrays) -> str | None:
     """What a way to draw does unlike `draw_step`, with all settings that it may be given."""
-    shape = images, queries, vocab_size = 4, 5, 3000
-    chance = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(2 * images, queries, vocab_size, generator=chance)
-    uniform = torch.rand(shape[:2], dtype=torch.float64, generator=chance)
+    images, queries, vocab_size = 4, 5, 3000
+    chance = np.random.default_rng(0)
+    logits = 3 * chance.standard_normal((2 * images, queries, vocab_size), np.float32)
+    uniform = chance.random((images, queries))
     samplings = [
         Sampling(cfg=4.8),
         Sampling(cfg=2, temperature=0.5, top_k=40),
         Sampling(cfg=3, top_p=0.9),
         Sampling(guidance="constant", temperature=2, top_k=500, top_p=0.5),
     ]
-    rows = SamplingRows.of(samplings, queries, vocab_size)
-    rows = SamplingRows(*(values.to(device) for values in rows))
-    given = torch.full(shape[:2], -1).index_fill_(1, torch.tensor([2]), 7)
+    rows = SamplingRows.of(samplings, queries, vocab_size).on(arrays)
+    given = np.full((images, queries), -1)
+    given[:, 2] = 7
     for guided, filtered in product((False, True), repeat=2):
         results = []
         for one in (draw, draw_step):
-            tokens, finite = torch.zeros_like(given), torch.zeros_like(given, dtype=torch.bool)
-            views = (uniform, rows.scale, given, tokens, finite)
-            cells = StepCells(*(values.to(device) for values in views))
+            cells = StepCells(
+                arrays.put(uniform),
+                rows.scale,
+                arrays.put(given),
+                arrays.zeros((images, queries), "int64"),
+                arrays.zeros((images, queries), "bool"),
+            )
             of_step = logits if guided else logits[:images]
-            one(of_step.to(device), cells, rows, guided, filtered)
-            results.append((cells.tokens, cells.finite))
-        if not all(a.equal(b) for a, b in zip(*results, strict=True)):
+            one(arrays.put(of_step), cells, rows, guided, filtered)
+            results.append((arrays.take(cells.tokens), arrays.take(cells.finite)))
+        if not all(np.array_equal(a, b) for a, b in zip(*results, strict=True)):
             return f"they draw other tokens here (guided: {guided}, filtered: {filtered})"
     return None
 
 
-def guide(logits: Tensor, scale: Tensor) -> Tensor:
+def guide(logits: Array, scale: Array) -> Array:
     """Guided logits [B, Q, V] float32 of conditional rows, then null rows: [2B, Q, V].
 
     scale: [B, Q], or [Q] for all.
     """
-    conditional, null = logits.float().tensor_split(2)
-    return null + scale.unsqueeze(-1) * (conditional - null)
+    images = logits.shape[0] // 2
+    guided = logits[:images] - logits[images:]
+    guided *= scale[..., None]
+    guided += logits[images:]
+    return guided
 
 
 def sample(
-    logits: Tensor, uniform: Tensor, rows: SamplingRows, filtered: bool = True
-) -> tuple[Tensor, Tensor]:
+    logits: Array, uniform: Array, rows: SamplingRows, filtered: bool = True
+) -> tuple[Array, Array]:
     """The inverse of the filtered distribution's CDF at uniform [B, Q].
 
     Args:
-        logits: [B, Q, V], after guidance.
+        logits: [B, Q, V] float32, after guidance.
         uniform: float64 in [0, 1).
         rows: the settings of each image.
         filtered: whether any row has a filter: without, they are not looked at, nothing is sorted.
@@ -244,57 +259,79 @@ def sample(
     Returns:
         token ids [B, Q] int64, and whether all logits were finite [B, Q]: if not, any token.
     """
-    logits = logits.float()
-    # Either is NaN if any logit is. `aminmax` takes some ten times as long on a CPU.
-    low, high = logits.amin(dim=-1, keepdim=True), logits.amax(dim=-1, keepdim=True)
-    finite = (low.isfinite() & high.isfinite()).squeeze(-1)
+    xp = namespace_of(logits)
+    # Either is NaN if any logit is.
+    low, high = (of(logits, axis=-1, keepdims=True) for of in (xp.min, xp.max))
+    finite = (xp.isfinite(low) & xp.isfinite(high))[..., 0]
     temperature = rows.temperature[:, None, None]
     kept = logits / temperature
+    depth = high / temperature - kept
     # NaN has no depth, but must not break a lookup.
-    depth = (high / temperature - kept).nan_to_num_(nan=0.0)
+    depth = xp.fmax(depth, xp.zeros_like(high), out=depth)
     weight = _weight(depth)
     if filtered:
         weight = _filter(kept, weight, rows)
-    band = depth.clamp_(max=BANDS - 1).long()
-    mass = weight.new_zeros(*weight.shape[:-1], BANDS).scatter_add_(-1, band, weight)
-    total = mass.sum(dim=-1)
-    target = (uniform * total).long().minimum(total - 1).unsqueeze(-1)
+    band = xp.astype(xp.fmin(depth, xp.full_like(high, BANDS - 1), out=depth), xp.int64)
+    mass = _masses(weight, band)
+    total = xp.sum(mass, axis=-1)
+    target = xp.minimum(xp.floor(uniform * total), total - 1)[..., None]
     chosen, rest = _find(mass, target)
-    within = weight.masked_fill_(band != chosen, 0)
-    return _find(within, rest)[0].squeeze(-1), finite
+    weight *= band == chosen
+    width = BLOCK if weight.shape[-1] % BLOCK == 0 else weight.shape[-1]
+    blocks = weight.reshape(*weight.shape[:-1], -1, width)
+    block, rest = _find(xp.sum(blocks, axis=-1), rest)
+    within = xp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
+    return (block * width + _find(within, rest)[0])[..., 0], finite
 
 
-def _find(weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _masses(weight: Array, band: Array) -> Array:
+    """What the tokens of each band weigh together [..., BANDS], of weights and bands [..., V]."""
+    if not on_host(weight):
+        return weight.new_zeros((*weight.shape[:-1], BANDS)).scatter_add_(-1, band, weight)
+    rows = prod(weight.shape[:-1])
+    places = band.reshape(rows, -1) + BANDS * np.arange(rows)[:, None]
+    masses = np.bincount(places.ravel(), weight.ravel(), minlength=rows * BANDS)
+    return masses.reshape(*weight.shape[:-1], BANDS)
+
+
+def _find(weight: Array, target: Array) -> tuple[Array, Array]:
     """Where target [..., 1] falls among weights [..., N] laid end to end, and how far into it."""
-    cumulative = weight.cumsum(dim=-1)
-    place = torch.searchsorted(cumulative, target, right=True)
-    before = cumulative.gather(-1, place) - weight.gather(-1, place)
-    return place, target - before
+    xp = namespace_of(weight)
+    cumulative = xp.cumulative_sum(weight, axis=-1)
+    place = xp.sum(cumulative <= target, axis=-1, keepdims=True)
+    before, own = (xp.take_along_axis(values, place, axis=-1) for values in (cumulative, weight))
+    return place, target - (before - own)
 
 
-def _weight(depth: Tensor) -> Tensor:
-    """Whole weights of tokens that are so many nats below the best."""
-    return depth.double().neg_().exp_().mul_(WHOLE).add_(0.5).long()
+def _weight(depth: Array) -> Array:
+    """Whole weights, as float64, of tokens that are so many nats below the best."""
+    xp = namespace_of(depth)
+    weight = xp.astype(depth, xp.float64)
+    weight *= -1
+    weight = xp.exp(weight, out=weight)
+    weight *= WHOLE
+    weight += 0.5
+    return xp.floor(weight)
 
 
-def _filter(logits: Tensor, weight: Tensor, rows: SamplingRows) -> Tensor:
+def _filter(logits: Array, weight: Array, rows: SamplingRows) -> Array:
     """Weights [B, Q, V], 0 outside the top k of logits and then outside the top-p nucleus."""
-    ranked = _descending(logits)
-    least = ranked.gather(-1, (rows.top_k - 1)[:, None, None].expand(*ranked.shape[:-1], 1))
-    depth = (ranked[..., :1] - ranked).nan_to_num_(nan=0.0)
-    cumulative = _weight(depth).masked_fill_(ranked < least, 0).cumsum(dim=-1)
-    reached = rows.top_p.double()[:, None, None] * cumulative[..., -1:]
+    xp = namespace_of(logits)
+    # NumPy sorts with vector instructions.
+    ranked = xp.sort(logits, axis=-1, descending=True)
+    last = xp.broadcast_to((rows.top_k - 1)[:, None, None], (*ranked.shape[:-1], 1))
+    least = xp.take_along_axis(ranked, last, axis=-1)
+    of_ranked = _weight(ranked[..., :1] - ranked)
+    of_ranked *= ranked >= least
+    cumulative = xp.cumulative_sum(of_ranked, axis=-1)
+    reached = xp.astype(rows.top_p, xp.float64)[:, None, None] * cumulative[..., -1:]
     # A token stays while those before it have not reached p: the first always does.
-    stay = 1 + (cumulative[..., :-1] < reached).sum(dim=-1, keepdim=True)
-    border = ranked.gather(-1, stay - 1)
+    stay = 1 + xp.sum(cumulative[..., :-1] < reached, axis=-1, keepdims=True)
+    border = xp.take_along_axis(ranked, stay - 1, axis=-1)
     tied = logits == border
     # Of equal logits those with the lower ids.
-    of_tied = stay - (ranked > border).sum(dim=-1, keepdim=True)
-    inside = (logits > border) | (tied & (tied.cumsum(dim=-1) <= of_tied))
-    return weight.masked_fill(~inside | (logits < least), 0)
-
-
-def _descending(logits: Tensor) -> Tensor:
-    if logits.device.type == "cpu":  # NumPy sorts with vector instructions, torch does not
-        return torch.from_numpy(np.sort(logits.numpy(), axis=-1)).flip(-1)
-    return logits.sort(dim=-1, descending=True).values
+    of_tied = stay - xp.sum(ranked > border, axis=-1, keepdims=True)
+    nth = xp.cumulative_sum(xp.astype(tied, xp.int64), axis=-1)
+    inside = (logits > border) | (tied & (nth <= of_tied))
+    weight *= inside & (logits >= least)
+    return weight

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lpd_export.errors import GraphError, UserError
 from lpd_export.files import write_atomically
+from lpd_export.runtime.arrays import arrays_of
 from lpd_export.runtime.executor import Run
 from lpd_export.runtime.tensorrt_engine import (
     ShapeRange,
@@ -65,13 +66,14 @@ class TensorRTExecutor:
     def __init__(
         self,
         engines: Mapping[str, Path],
-        float_type: torch.dtype = torch.float16,
+        float_type: str = "float16",
         backend: str = "tensorrt",
         device: str = "cuda",
         runtime_cache: Path | None = None,
     ) -> None:
         self.trt = import_tensorrt(backend)
-        self.device = find_gpu(device)
+        self.device = str(find_gpu(device))
+        self.arrays = arrays_of(self.device)
         self.float_type = float_type
         self.threads = 1
         self.records = True  # until a capture fails
@@ -94,7 +96,16 @@ class TensorRTExecutor:
             yield
         caller.wait_stream(self._side_stream)
 
-    def load(self, graph: str) -> Any:
+    def load(self, *graphs: str) -> None:
+        """See `Executor`.
+
+        Raises:
+            UserError: if an engine does not load on this GPU with the installed version.
+        """
+        for graph in graphs:
+            self._loaded(graph)
+
+    def _loaded(self, graph: str) -> Any:
         """The ICudaEngine of a graph.
 
         Raises:
@@ -116,7 +127,7 @@ class TensorRTExecutor:
                 shapes, does not update in place what is bound as input and output at once, or
                 the GPU's memory is too small.
         """
-        engine = self.load(graph)
+        engine = self._loaded(graph)
         with torch.cuda.device(self.device):
             binding = Binding(self, graph, engine, tensors)
             needed = binding.open(self._runtime_config(engine))

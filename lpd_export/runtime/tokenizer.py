@@ -5,8 +5,9 @@ Knows the executor and a bundle's sizes, not files or pictures.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lpd_export.bundle.manifest import Manifest
@@ -28,9 +29,8 @@ def detokenize(
     if token_ids.ndim != 2 or token_ids.shape[1] != cells:
         raise UserError(f"token ids must be [B, {cells}], but they are {list(token_ids.shape)}")
     check_vocabulary(token_ids, manifest.model.vocab_size)
-    image = torch.zeros((len(token_ids), 3, side, side), dtype=executor.float_type)
-    _run(executor, "detokenize", (INDICES, torch.from_numpy(token_ids)), (IMAGE, image))
-    return image.float().numpy()
+    out = IMAGE, (len(token_ids), 3, side, side)
+    return _run(executor, "detokenize", (INDICES, token_ids), out, "float32")
 
 
 def tokenize(
@@ -44,21 +44,25 @@ def tokenize(
     side = manifest.resolution
     if images.ndim != 4 or images.shape[1:] != (3, side, side):
         raise UserError(f"images must be [B, 3, {side}, {side}], but they are {list(images.shape)}")
-    indices = torch.zeros((len(images), manifest.model.cells), dtype=torch.int64)
-    image = torch.from_numpy(images).to(executor.float_type)
-    _run(executor, "tokenize", (IMAGE, image), (INDICES, indices))
-    return indices.numpy()
+    out = INDICES, (len(images), manifest.model.cells)
+    return _run(executor, "tokenize", (IMAGE, images), out, "int64")
 
 
 def _run(
-    executor: Executor, graph: str, given: tuple[str, torch.Tensor], out: tuple[str, torch.Tensor]
-) -> None:
-    """Runs a graph from host memory to host memory."""
-    (given_name, values), (out_name, host) = given, out
+    executor: Executor,
+    graph: str,
+    given: tuple[str, NDArray[Any]],
+    out: tuple[str, tuple[int, ...]],
+    result: str,
+) -> NDArray[Any]:
+    """Runs a graph on a host array; returns its output, of this type."""
+    (given_name, values), (out_name, shape) = given, out
+    arrays = executor.arrays
+    floating = values.dtype.kind == "f"
     with executor.stream():
-        result = host.to(executor.device)
-        tensors = {given_name: values.contiguous().to(executor.device), out_name: result}
-        run = executor.bind(graph, tensors)
+        one = arrays.put(values, executor.float_type if floating else "int64")
+        other = arrays.zeros(shape, "int64" if floating else executor.float_type)
+        run = executor.bind(graph, {given_name: one, out_name: other})
         run()
         # Waits for the run, whose context must live until then.
-        host.copy_(result)
+        return arrays.take(other, result)

@@ -9,9 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from lpd_export.bundle.manifest import Bundle
+from lpd_export.runtime.arrays import HOST
 from lpd_export.runtime.pipeline import Pipeline
 from lpd_export.runtime.requests import GeneratedImage
 from lpd_export.serving.batching import AbandonedError, Job, Maker, Partial, Result
@@ -31,7 +33,7 @@ class PipelineMaker:
 
     def __init__(self, pipeline: Pipeline, batch: int) -> None:
         self._first, self._batch = pipeline, batch
-        self._on_cpu = pipeline.executor.device.type == "cpu"
+        self._on_cpu = pipeline.executor.device == HOST
         self._pipelines: OrderedDict[tuple[int, bool], Pipeline] = OrderedDict()
 
     def make(self, jobs: Sequence[Job]) -> list[GeneratedImage]:
@@ -49,14 +51,14 @@ class PipelineMaker:
         padded = [*requests, *[requests[-1]] * (size - len(requests))]
         pipeline = self._pipeline(size, any(request.sampling.guided for request in requests))
 
-        def watch(step: int, token_ids: Tensor) -> None:
+        def watch(step: int, token_ids: NDArray[np.int64]) -> None:
             if all(job.client.left for job in jobs):
                 raise AbandonedError
             for row, job in enumerate(jobs):
                 for due in job.partial_steps:
                     if job.shown < due <= step and not job.client.left:
                         job.shown = due
-                        tokens = token_ids[row].cpu().numpy()
+                        tokens = token_ids[row]
                         pixels = pipeline.picture_after(due, tokens, job.request, job.schedule)
                         job.deliver(Partial(due, pixels))
 

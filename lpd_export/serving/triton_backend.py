@@ -15,7 +15,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils  # the server's own
 
 from lpd_export.bundle.manifest import Bundle
@@ -145,7 +144,7 @@ def respond(events: Sequence[Event]) -> Any:
     }
     return pb_utils.InferenceResponse(
         [
-            pb_utils.Tensor.from_dlpack(name, torch.from_numpy(np.ascontiguousarray(rows)))
+            pb_utils.Tensor.from_dlpack(name, np.ascontiguousarray(rows))
             for name, rows in outputs.items()
         ]
     )

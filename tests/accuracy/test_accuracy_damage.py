@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 from numpy.typing import NDArray
 
 import damage
@@ -322,14 +321,14 @@ def shifted_mask(phase: Phase, cells: int, masked: float, *options: Any) -> NDAr
     return np.roll(attention_mask(phase, cells, masked, *options), 1, axis=1)
 
 
-def guide_twice(logits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    null = logits.float().tensor_split(2)[1]
-    return guide(torch.cat([guide(logits, scale), null]), scale)
+def guide_twice(logits: NDArray[Any], scale: NDArray[Any]) -> NDArray[Any]:
+    null = np.split(logits, 2)[1]
+    return guide(np.concatenate([guide(logits, scale), null]), scale)
 
 
-def sample_in_reverse(logits: torch.Tensor, uniform: torch.Tensor, *settings: Any) -> Any:
+def sample_in_reverse(logits: NDArray[Any], uniform: NDArray[Any], *settings: Any) -> Any:
     """The uniform numbers of the cells of a step, given to them from the last."""
-    return sample(logits, uniform.flip(1), *settings)
+    return sample(logits, uniform[:, ::-1], *settings)
 
 
 def next_order(seed: int, image_index: int, cells: int, orders: int) -> ImageRandomness:
@@ -337,7 +336,7 @@ def next_order(seed: int, image_index: int, cells: int, orders: int) -> ImageRan
     return chance._replace(order_index=(chance.order_index + 1) % orders)
 
 
-def given_tokens(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
+def given_tokens(change: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]) -> Any:
     """`Batch.load` that changes what is given [B, S], in raster order, by it and the orders."""
     load = Batch.load
 
@@ -348,9 +347,15 @@ def given_tokens(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -
     return load_changed
 
 
-ignored = given_tokens(lambda given, orders: torch.full_like(given, -1))
-in_raster_order = given_tokens(lambda given, orders: given.scatter(1, orders, given))
-off_by_one = given_tokens(lambda given, orders: torch.where(given < 0, given, (given + 1) % 64))
+def scattered(given: NDArray[Any], orders: NDArray[Any]) -> NDArray[Any]:
+    changed = given.copy()
+    np.put_along_axis(changed, orders, given, axis=1)
+    return changed
+
+
+ignored = given_tokens(lambda given, orders: np.full_like(given, -1))
+in_raster_order = given_tokens(scattered)
+off_by_one = given_tokens(lambda given, orders: np.where(given < 0, given, (given + 1) % 64))
 
 
 def test_a_wrong_mask_of_the_loop_alone(

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from commandline import answer, mistake
 from lpd_export.bench.benchmark import read_cpuinfo, take_turns
@@ -15,6 +14,7 @@ from lpd_export.bench.profiling import ListeningExecutor, second_half, slowest
 from lpd_export.bench.request import BenchRequest
 from lpd_export.bench.results import collect
 from lpd_export.bench.timing import BundleContender, Seconds, split
+from lpd_export.runtime.arrays import arrays_of
 from lpd_export.runtime.pipeline import Pipeline
 
 
@@ -100,7 +100,7 @@ def test_layers_of_engines_are_summed_by_graph() -> None:
             self.tell("fc2", 1.0)
 
     class Engines:
-        device, float_type, threads = torch.device("cpu"), torch.float16, 1
+        arrays, device, float_type, threads = arrays_of("cpu"), "cpu", "float16", 1
 
         def bind(self, graph: str, tensors: object) -> Layers:
             return Layers()

@@ -15,7 +15,7 @@ from lpd_export.bundle.manifest import Bundle
 from lpd_export.graphs import export
 from lpd_export.precision.quantization import quantizable_layers, quantize, simulate_layer
 from lpd_export.precision.sensitivity import MOST_KEPT, mean_kl, next_trial
-from lpd_export.precision.worth import worth_of_layers
+from lpd_export.precision.worth import log_probabilities_of, worth_of_layers
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor
 
 
@@ -24,7 +24,7 @@ def test_a_layers_worth_is_the_kl_of_a_graph_with_it_alone_quantized(
 ) -> None:
     bundle, exact = Bundle.open(small_bundle), Pipeline.open(small_bundle)
     images = exact.generate([0, 1, 2], seed=3)
-    expected = exact.teacher_forced_logits(images).log_softmax(dim=-1)
+    expected = log_probabilities_of(exact, images)
     graph = ir.load(small_bundle / "onnx" / "decode.onnx")
     # Levels so coarse that a difference in which layer it is cannot be overlooked.
     ranges = {layer.node: 20.0 + i for i, layer in enumerate(quantizable_layers(graph))}
@@ -46,7 +46,7 @@ def test_a_layers_worth_is_the_kl_of_a_graph_with_it_alone_quantized(
         export.write_models({"decode": alone}, tmp_path)
         executor = OnnxRuntimeExecutor({"decode": tmp_path / "decode.onnx"})
         pipeline = Pipeline(bundle.manifest, bundle.schedule(), executor)
-        actual = pipeline.teacher_forced_logits(images).log_softmax(dim=-1)
+        actual = log_probabilities_of(pipeline, images)
         assert worth[node] == pytest.approx(mean_kl(expected, actual), rel=0.02), node
 
 

@@ -79,7 +79,7 @@ def open_pipeline(bundle: Path, runtime_cache: Path | None = None) -> Pipeline:
         graph: next((bundle / "engines").glob(f"{graph}.*")) for graph in ("decode", "detokenize")
     }
     executor = TensorRTExecutor(
-        engines, torch.float16, opened.manifest.backend, runtime_cache=runtime_cache
+        engines, "float16", opened.manifest.backend, runtime_cache=runtime_cache
     )
     return Pipeline(opened.manifest, opened.schedule(), executor)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
+from lpd_export.runtime import onnxruntime_session
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor, cuda_options
 from lpd_export.runtime.onnxruntime_session import allowed_cores
 
@@ -27,13 +30,21 @@ def test_a_confined_process_starts_no_thread_for_other_cores() -> None:
         os.sched_setaffinity(0, before)
 
 
-def test_torch_leaves_the_cores_to_the_graphs_and_gets_its_threads_back() -> None:
-    """Its idle threads spin: on two cores they doubled the time of an image."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with OnnxRuntimeExecutor({}).stream():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+def test_graphs_are_loaded_together_and_once(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    together = threading.Barrier(2, timeout=60)
+    session = onnxruntime_session.onnxruntime.InferenceSession
+
+    def load(file: Path, *arguments: Any, **options: Any) -> Any:
+        loaded.append(file.stem)
+        together.wait()
+        return session(file, *arguments, **options)
+
+    monkeypatch.setattr(onnxruntime_session.onnxruntime, "InferenceSession", load)
+    graphs = ("decode", "detokenize")
+    executor = OnnxRuntimeExecutor({name: small_bundle / f"onnx/{name}.onnx" for name in graphs})
+    executor.load(*graphs)
+    executor.load(*graphs)
+    assert sorted(loaded) == [*graphs]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -153,9 +152,8 @@ def test_an_image_can_be_watched_as_it_is_made(pipeline: Pipeline) -> None:
     requests, schedule = [ImageRequest(13, 2, i) for i in range(2)], pipeline.choose_schedule(None)
     seen = []
 
-    def watch(step: int, token_ids: torch.Tensor) -> None:
-        tokens = token_ids[1].numpy()
-        seen.append(pipeline.picture_after(step, tokens, requests[1], schedule))
+    def watch(step: int, token_ids: NDArray[np.int64]) -> None:
+        seen.append(pipeline.picture_after(step, token_ids[1], requests[1], schedule))
 
     *_, image = pipeline.stream(requests, batch=2, watch=watch)
     np.testing.assert_array_equal(seen[:-1], pipeline.trace(image)[:-1])

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import array_api_compat.torch
 import numpy as np
 import pytest
 import torch
@@ -23,12 +25,15 @@ from torch import Tensor
 
 from lpd_export import ImageRequest, Pipeline, Sampling
 from lpd_export.runtime import generator, sampler
+from lpd_export.runtime.arrays import Arrays, arrays_of
 from lpd_export.runtime.sampler import SamplingRows, StepCells, choose_draw_step, first_difference
 
 triton_sampler = pytest.importorskip("lpd_export.runtime.triton_sampler")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # of numbers too large
 
+TORCH = Arrays(array_api_compat.torch, "cpu")
+"""As on a GPU, whose arrays are torch's."""
 SIDE = 3
 """Cells of other steps on both sides of those that are drawn."""
 
@@ -40,23 +45,25 @@ def drawn(
     samplings: Sequence[Sampling],
     guided: bool,
     given: Tensor | None = None,
+    arrays: Arrays = TORCH,
 ) -> tuple[Tensor, Tensor]:
     """The whole buffers [B, S] of tokens and finite, the step's cells amid others'."""
     images, queries = uniform.shape
     cells = queries + 2 * SIDE
     rows = SamplingRows.of(samplings, cells, logits.shape[-1])
-    whole = (torch.zeros(images, cells), rows.scale, torch.full((images, cells), -1))
+    numbers, all_given = torch.zeros(images, cells).double(), torch.full((images, cells), -1)
     tokens = torch.full((images, cells), -7)
     finite = torch.zeros(images, cells, dtype=torch.bool)
     step = slice(SIDE, SIDE + queries)
-    numbers, scale, all_given = whole[0].double(), *whole[1:]
     numbers[:, step] = uniform
     if given is not None:
         all_given[:, step] = given
-    views = (numbers, scale, all_given, tokens, finite)
+    whole = (numbers, torch.from_numpy(rows.scale), all_given, tokens, finite)
+    views = [arrays.put(tensor.numpy()) for tensor in whole]
+    cells_of_step = StepCells(*(view[:, step] for view in views))
     filtered = any(sampling.filtered for sampling in samplings)
-    draw(logits, StepCells(*(view[:, step] for view in views)), rows, guided, filtered)
-    return tokens, finite
+    draw(arrays.put(logits.numpy()), cells_of_step, rows.on(arrays), guided, filtered)
+    return tokens, finite  # which the arrays share their memory with
 
 
 def even(chance: torch.Generator, *shape: int) -> Tensor:
@@ -140,11 +147,17 @@ def test_kernels_draw_what_the_plain_sampler_draws(
     if end is not None:
         uniform.fill_(end)
     kept = torch.randint(-2 * vocab_size, vocab_size, (images, queries), generator=chance)
-    (tokens, finite), (expected, expected_finite) = (
-        drawn(draw, logits, uniform, samplings, guided, kept)
-        for draw in (triton_sampler.draw_step, sampler.draw_step)
+    (tokens, finite), (expected, expected_finite), (on_host, finite_on_host) = (
+        drawn(draw, logits, uniform, samplings, guided, kept, arrays)
+        for draw, arrays in (
+            (triton_sampler.draw_step, TORCH),
+            (sampler.draw_step, TORCH),
+            (sampler.draw_step, arrays_of("cpu")),
+        )
     )
     assert finite.equal(expected_finite)
+    assert finite_on_host.equal(expected_finite)
+    assert on_host.equal(expected)
     overflown = ~finite if kind is overflowing else torch.zeros_like(finite)
     overflown[:, :SIDE] = overflown[:, -SIDE:] = False
     assert tokens[~overflown].equal(expected[~overflown])
@@ -170,13 +183,19 @@ def test_a_broken_logit_is_noticed_in_its_row_alone(value: float, filtered: bool
 
 @pytest.mark.parametrize("top_p", [None, 0.875])
 def test_a_huge_vocabulary(top_p: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum of whole weights still fits in 64 bits."""
+    """A sum of whole weights is still exact."""
     monkeypatch.setattr(triton_sampler, "BLOCK", 2**16)
     monkeypatch.setattr(triton_sampler, "LANES", 2**14)
     logits, uniform = torch.zeros(1, 1, 2**18), torch.full((1, 1), 0.7, dtype=torch.float64)
     for draw in (triton_sampler.draw_step, sampler.draw_step):
         tokens, _ = drawn(draw, logits, uniform, [Sampling(top_p=top_p)], guided=False)
         assert tokens[0, SIDE] == int(0.7 * (top_p or 1) * 2**18)
+
+
+def draw_by_kernels(logits: Any, cells: StepCells, rows: SamplingRows, *flags: bool) -> None:
+    """Of NumPy's arrays, as `draw_step` draws of them."""
+    tensors = StepCells(*map(torch.from_numpy, cells))
+    triton_sampler.draw_step(torch.from_numpy(logits), tensors, rows.on(TORCH), *flags)
 
 
 @pytest.mark.model
@@ -188,27 +207,30 @@ def test_a_whole_generation_is_the_same(
     requests = [ImageRequest(i, seed=i, sampling=each) for i, each in enumerate(samplings)]
     with Pipeline.open(small_bundle) as pipeline:
         expected = list(pipeline.stream(requests, batch=3))
-        monkeypatch.setattr(generator, "choose_draw_step", lambda *_: triton_sampler.draw_step)
+        monkeypatch.setattr(generator, "choose_draw_step", lambda *_: draw_by_kernels)
         found = list(pipeline.stream(requests, batch=3))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
 
 
 def test_a_cpu_draws_without_kernels() -> None:
-    assert choose_draw_step(torch.device("cpu")) is sampler.draw_step
+    chosen = choose_draw_step("cpu", 3)
+    assert isinstance(chosen, partial)
+    assert chosen.func is sampler.draw_step
+    assert chosen.keywords == {"threads": 3}
 
 
 def test_kernels_that_draw_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def mirrored(logits: Tensor, cells: StepCells, *others: Any) -> None:
         sampler.draw_step(logits, cells._replace(uniform=1 - cells.uniform), *others)
 
-    cpu = torch.device("cpu")
-    assert first_difference(sampler.draw_step, cpu) is None
-    assert "other tokens" in str(first_difference(mirrored, cpu))
+    for arrays in (TORCH, arrays_of("cpu")):
+        assert first_difference(sampler.draw_step, arrays) is None
+        assert "other tokens" in str(first_difference(mirrored, arrays))
     if torch.cuda.is_available():
         monkeypatch.setattr(triton_sampler, "draw_step", mirrored)
     with pytest.warns(RuntimeWarning, match="some 40 launches a step"):
-        assert choose_draw_step.__wrapped__(torch.device("cuda")) is sampler.draw_step
+        assert choose_draw_step.__wrapped__("cuda") is sampler.draw_step
 
 
 COMPILE = """
@@ -257,18 +279,18 @@ def test_threads_draw_what_one_draws(filtered: bool, monkeypatch: pytest.MonkeyP
     threads: set[int] = set()
     of_one_thread = sampler.sample
 
-    def sample(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def sample(*arguments: Any) -> Any:
         threads.add(threading.get_ident())
         return of_one_thread(*arguments)
 
     monkeypatch.setattr(sampler, "sample", sample)
-    with torch.inference_mode():
-        expected, _ = drawn(sampler.draw_step, logits, uniform, samplings, guided=True)
-        assert threads == {threading.get_ident()}
-        together = choose_draw_step(torch.device("cpu"), 3)
-        tokens, _ = drawn(together, logits, uniform, samplings, guided=True)
+    host = arrays_of("cpu")
+    expected, _ = drawn(sampler.draw_step, logits, uniform, samplings, True, arrays=host)
+    assert threads == {threading.get_ident()}
+    together = choose_draw_step("cpu", 3)
+    tokens, _ = drawn(together, logits, uniform, samplings, True, arrays=host)
     assert tokens.equal(expected)
     assert len(threads) > 1
     monkeypatch.setattr(sampler, "sample", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        drawn(together, logits, uniform, samplings, guided=True)
+        drawn(together, logits, uniform, samplings, True, arrays=host)
