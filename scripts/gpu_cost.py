@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import array_api_compat.torch
 import click
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,9 @@ from lpd_export.bench.tables import number
 from lpd_export.bench.work import DETOKENIZE, PIXELS, PREFILL, SAMPLING, generation_work, step_title
 from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
+from lpd_export.runtime.arrays import HOST, Array, Arrays
+from lpd_export.runtime.executor import Executor, ExecutorAround, Run
+from lpd_export.runtime.pipeline import Pipeline
 from lpd_reference.generate import generate
 from lpd_reference.lpd import LPD
 from lpd_reference.vq import VQTokenizer
@@ -57,6 +61,17 @@ class Kernels(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         self.count += not view and not name.startswith(ALLOCATIONS)
         return func(*args, **(kwargs or {}))
+
+
+class WithTensors(ExecutorAround):
+    """An executor of the CPU over torch's arrays, as a GPU's is."""
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self.arrays = Arrays(array_api_compat.torch, HOST)
+
+    def bind(self, graph: str, tensors: Mapping[str, Array]) -> Run:
+        return self._executor.bind(graph, tensors)
 
 
 def engine_kernels(bundle: Bundle) -> dict[str, int]:
@@ -89,9 +104,11 @@ def sampling_kernels(bundle: Bundle) -> int:
     request = VerifyRequest(bundle.path, onnx=True)
     with tempfile.TemporaryDirectory() as scratch:
         side = open_bundle(bundle, request, Path(scratch) / "graphs", lambda line: None)
-        side.pipeline.generate([0])
-        with Kernels() as kernels:
-            side.pipeline.generate([0])
+        executor = WithTensors(side.pipeline.executor)
+        with Pipeline(bundle.manifest, bundle.schedule(), executor) as pipeline:
+            pipeline.generate([0])
+            with Kernels() as kernels:
+                pipeline.generate([0])
     return kernels.count
 
 

@@ -147,13 +147,13 @@ def test_a_cpu_makes_images_without_torch(small_bundle: Path, tmp_path: Path) ->
         "from lpd_export.serving import server\n"
         "bundle, out = sys.argv[1:]\n"
         "for words in (\n"
-        "    ['run', bundle, '--class', '0', '--out', f'{out}/images', '--trace'],\n"
-        "    ['edit', bundle, f'{out}/images/images.jsonl:0', '--outpaint', '2', '--out', f'{out}/edits'],\n"
+        "    ['run', bundle, '--class', '0', '--out', out, '--trace'],\n"
+        "    ['edit', bundle, out + '/images.jsonl:0', '--box', '0,0,4,4', '--out', out + '-2'],\n"
         "):\n"
         "    commands.main([*words, '--quiet'], standalone_mode=False)\n"
         "sys.exit('torch' in sys.modules)"
     )
     out = tmp_path / "out"
     subprocess.run([sys.executable, "-c", program, small_bundle, out], check=True)
-    assert (out / "images/images.jsonl").is_file()
-    assert (out / "edits/images.jsonl").is_file()
+    assert (out / "images.jsonl").is_file()
+    assert (tmp_path / "out-2/images.jsonl").is_file()

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpd_export.bounds import Cfg, GuidanceSchedule, Positive, Probability, Temperature, checked
-from lpd_export.runtime.arrays import HOST, Array, Arrays, arrays_of, namespace_of, on_host
+from lpd_export.runtime.arrays import HOST, Array, Arrays, arrays_of, look_up, namespace_of, on_host
 
 GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
 
@@ -33,7 +33,7 @@ WHOLE = 2.0**34
 any order: whatever adds them up draws the same. A sum of 2^18 tokens is exact in a float64."""
 
 BLOCK = 128
-"""Tokens that are passed at once in search of the one that is drawn."""
+"""Tokens that are passed at once in search of the one that is drawn, on a CPU."""
 
 IN_CACHE = 2**16
 """Logits drawn from at once on a CPU, so that what is computed of them stays in its cache."""
@@ -188,7 +188,7 @@ def choose_draw_step(device: str, threads: int = 1) -> DrawStep:
     if difference is None:
         return triton_sampler.draw_step
     warnings.warn(
-        f"tokens are drawn in some 40 launches a step, which takes longer than Triton's kernels: "
+        f"tokens are drawn in some 60 launches a step, which takes longer than Triton's kernels: "
         f"{difference}",
         RuntimeWarning,
         stacklevel=2,
@@ -277,11 +277,13 @@ def sample(
     target = xp.minimum(xp.floor(uniform * total), total - 1)[..., None]
     chosen, rest = _find(mass, target)
     weight *= band == chosen
-    width = BLOCK if weight.shape[-1] % BLOCK == 0 else weight.shape[-1]
-    blocks = weight.reshape(*weight.shape[:-1], -1, width)
-    block, rest = _find(xp.sum(blocks, axis=-1), rest)
-    within = xp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
-    return (block * width + _find(within, rest)[0])[..., 0], finite
+    if not on_host(weight) or weight.shape[-1] % BLOCK:
+        return _find(weight, rest)[0][..., 0], finite
+    # NumPy adds up blocks with vector instructions, but not what comes before each token.
+    blocks = weight.reshape(*weight.shape[:-1], -1, BLOCK)
+    block, rest = _find(blocks.sum(axis=-1), rest)
+    within = np.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
+    return (block * BLOCK + _find(within, rest)[0])[..., 0], finite
 
 
 def _masses(weight: Array, band: Array) -> Array:
@@ -299,8 +301,7 @@ def _find(weight: Array, target: Array) -> tuple[Array, Array]:
     xp = namespace_of(weight)
     cumulative = xp.cumulative_sum(weight, axis=-1)
     place = xp.sum(cumulative <= target, axis=-1, keepdims=True)
-    before, own = (xp.take_along_axis(values, place, axis=-1) for values in (cumulative, weight))
-    return place, target - (before - own)
+    return place, target - (look_up(cumulative, place) - look_up(weight, place))
 
 
 def _weight(depth: Array) -> Array:
@@ -320,14 +321,14 @@ def _filter(logits: Array, weight: Array, rows: SamplingRows) -> Array:
     # NumPy sorts with vector instructions.
     ranked = xp.sort(logits, axis=-1, descending=True)
     last = xp.broadcast_to((rows.top_k - 1)[:, None, None], (*ranked.shape[:-1], 1))
-    least = xp.take_along_axis(ranked, last, axis=-1)
+    least = look_up(ranked, last)
     of_ranked = _weight(ranked[..., :1] - ranked)
     of_ranked *= ranked >= least
     cumulative = xp.cumulative_sum(of_ranked, axis=-1)
     reached = xp.astype(rows.top_p, xp.float64)[:, None, None] * cumulative[..., -1:]
     # A token stays while those before it have not reached p: the first always does.
     stay = 1 + xp.sum(cumulative[..., :-1] < reached, axis=-1, keepdims=True)
-    border = xp.take_along_axis(ranked, stay - 1, axis=-1)
+    border = look_up(ranked, stay - 1)
     tied = logits == border
     # Of equal logits those with the lower ids.
     of_tied = stay - xp.sum(ranked > border, axis=-1, keepdims=True)

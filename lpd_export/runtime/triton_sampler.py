@@ -1,4 +1,4 @@
-"""The sampler as Triton kernels: two launches with filters, one without, in place of some forty.
+"""The sampler as Triton kernels: two launches with filters, one without, in place of some sixty.
 
 Gives the tokens of `sampler.draw_step`: every operation on floats is rounded as there (no products
 are contracted, division is exact), and weights are whole numbers. A program has one row: a cell of

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from lpd_export import ImageRequest, Pipeline, Sampling
 from lpd_export.runtime import generator, sampler
 from lpd_export.runtime.arrays import Arrays, arrays_of
+from lpd_export.runtime.executor import Executor, ExecutorAround, Run
 from lpd_export.runtime.sampler import SamplingRows, StepCells, choose_draw_step, first_difference
 
 triton_sampler = pytest.importorskip("lpd_export.runtime.triton_sampler")
@@ -192,25 +193,36 @@ def test_a_huge_vocabulary(top_p: float | None, monkeypatch: pytest.MonkeyPatch)
         assert tokens[0, SIDE] == int(0.7 * (top_p or 1) * 2**18)
 
 
-def draw_by_kernels(logits: Any, cells: StepCells, rows: SamplingRows, *flags: bool) -> None:
-    """Of NumPy's arrays, as `draw_step` draws of them."""
-    tensors = StepCells(*map(torch.from_numpy, cells))
-    triton_sampler.draw_step(torch.from_numpy(logits), tensors, rows.on(TORCH), *flags)
+class WithTensors(ExecutorAround):
+    """An executor of the CPU over torch's arrays, as a GPU's is."""
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self.arrays = TORCH
+
+    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
+        return self._executor.bind(graph, tensors)
 
 
 @pytest.mark.model
 def test_a_whole_generation_is_the_same(
     small_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the plain sampler, whose tokens are the reference's, and with the kernels."""
+    """With NumPy, whose tokens are the reference's, as on a GPU, and there with the kernels."""
     samplings = [Sampling(cfg=2.0), Sampling(cfg=1.0), Sampling(cfg=4.0, top_k=5, temperature=2)]
     requests = [ImageRequest(i, seed=i, sampling=each) for i, each in enumerate(samplings)]
     with Pipeline.open(small_bundle) as pipeline:
         expected = list(pipeline.stream(requests, batch=3))
-        monkeypatch.setattr(generator, "choose_draw_step", lambda *_: draw_by_kernels)
-        found = list(pipeline.stream(requests, batch=3))
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        executor = WithTensors(pipeline.executor)
+        with Pipeline(pipeline.manifest, pipeline.choose_schedule(None), executor) as other:
+            for draw in (sampler.draw_step, triton_sampler.draw_step):
+                monkeypatch.setattr(generator, "choose_draw_step", lambda *_, draw=draw: draw)
+                found = list(other.stream(requests, batch=3))
+                for one, two in zip(found, expected, strict=True):
+                    np.testing.assert_array_equal(one.token_ids, two.token_ids)
+                    np.testing.assert_array_equal(one.pixels, two.pixels)
+            logits = other.teacher_forced_logits(expected)
+        np.testing.assert_array_equal(logits, pipeline.teacher_forced_logits(expected))
 
 
 def test_a_cpu_draws_without_kernels() -> None:
@@ -229,7 +241,7 @@ def test_kernels_that_draw_something_else_are_not_used(monkeypatch: pytest.Monke
         assert "other tokens" in str(first_difference(mirrored, arrays))
     if torch.cuda.is_available():
         monkeypatch.setattr(triton_sampler, "draw_step", mirrored)
-    with pytest.warns(RuntimeWarning, match="some 40 launches a step"):
+    with pytest.warns(RuntimeWarning, match="some 60 launches a step"):
         assert choose_draw_step.__wrapped__("cuda") is sampler.draw_step
 
 
