@@ -31,10 +31,6 @@ class Executor(Protocol):
         """The type of the graphs' float inputs and outputs, all but the logits (float32)."""
 
     @property
-    def threads(self) -> int:
-        """How many may compute at once on the CPU, where that is the device."""
-
-    @property
     def records(self) -> bool:
         """Whether `record` gives a recording; work that is replayed cannot tell its progress."""
 
@@ -70,7 +66,7 @@ class ExecutorAround:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self.arrays, self.device = executor.arrays, executor.device
-        self.float_type, self.threads = executor.float_type, executor.threads
+        self.float_type = executor.float_type
 
     def stream(self) -> AbstractContextManager[None]:
         """As of the other."""

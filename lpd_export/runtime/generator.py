@@ -313,7 +313,7 @@ class Batch:
 
     def launch(self, filtered: bool, on_step: OnStep | None = None) -> None:
         """Generates `token_ids` and `images` from the loaded inputs."""
-        draw_step = choose_draw_step(self._executor.device, self._executor.threads)
+        draw_step = choose_draw_step(self._executor.device)
         for number, step in enumerate(self.steps):
             step.run()
             views = (self.uniform, self.sampling.scale, self.given, self._drawn, self.finite)

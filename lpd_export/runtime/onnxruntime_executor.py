@@ -30,7 +30,6 @@ from lpd_export.runtime.onnxruntime_session import (
     PROVIDERS,
     load_session,
     session_options,
-    usable_cores,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +84,6 @@ class OnnxRuntimeExecutor:
         self._device_index = int(number or 0)
         self._files = dict(files)
         self._threads = threads  # None leaves the operators' to ONNX Runtime
-        self.threads = threads or usable_cores()
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         provider = PROVIDERS[self._kind]
         if provider not in onnxruntime.get_available_providers():

@@ -28,11 +28,6 @@ def allowed_cores() -> int:
     return 0 if allowed == os.cpu_count() else allowed
 
 
-def usable_cores() -> int:
-    """How many threads can compute at once here."""
-    return allowed_cores() or os.cpu_count() or 1
-
-
 def session_options(
     float_type: str, threads: int | None, profile: Path | None = None
 ) -> onnxruntime.SessionOptions:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from math import prod
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpd_export.bounds import Cfg, GuidanceSchedule, Positive, Probability, Temperature, checked
-from lpd_export.runtime.arrays import HOST, Array, Arrays, arrays_of, look_up, namespace_of, on_host
+from lpd_export.runtime.arrays import Array, Arrays, arrays_of, look_up, namespace_of, on_host
 
 GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
 
@@ -32,10 +31,10 @@ WHOLE = 2.0**34
 """The weight of a row's most probable token. Weights are whole numbers, whose sums are the same in
 any order: whatever adds them up draws the same. A sum of 2^18 tokens is exact in a float64."""
 
-BLOCK = 128
-"""Tokens that are passed at once in search of the one that is drawn, on a CPU."""
+TO_WHOLE = 2.0**52
+"""Added to a smaller float64 and taken away again, it leaves the nearest whole number."""
 
-IN_CACHE = 2**16
+IN_CACHE = 2**17
 """Logits drawn from at once on a CPU, so that what is computed of them stays in its cache."""
 
 
@@ -131,7 +130,6 @@ def draw_step(
     rows: SamplingRows,
     guided: bool,
     filtered: bool,
-    threads: int = 1,
 ) -> None:
     """Draws the tokens of a step into `cells`.
 
@@ -141,14 +139,12 @@ def draw_step(
         rows: the settings of each image.
         guided: whether there are null rows.
         filtered: whether any image has a filter.
-        threads: that draw at once on a CPU, each for other cells.
     """
     images, queries = cells.tokens.shape
     together = queries
     if on_host(logits):
         together = max(1, IN_CACHE // (images * logits.shape[-1]))
-
-    def draw(first: int) -> None:
+    for first in range(0, queries, together):
         of_some = logits[:, first : first + together]
         some = StepCells(*(view[:, first : first + together] for view in cells))
         # What is not finite is said of the image, not by NumPy of each operation.
@@ -158,25 +154,13 @@ def draw_step(
         some.finite[...] = finite
         some.tokens[...] = namespace_of(drawn).where(some.given < 0, drawn, some.given)
 
-    firsts = range(0, queries, together)
-    in_parts = _drawing_threads(threads).map if threads > 1 and len(firsts) > 1 else map
-    for _ in in_parts(draw, firsts):
-        pass  # what went wrong in a part is raised here
-
 
 @cache
-def _drawing_threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "draw")
-
-
-@cache
-def choose_draw_step(device: str, threads: int = 1) -> DrawStep:
+def choose_draw_step(device: str) -> DrawStep:
     """How to draw on a device: `draw_step`, or the same in one or two kernels on a GPU with Triton.
 
     The kernels are tried first, against `draw_step`; a RuntimeWarning says why they are not used.
     """
-    if device == HOST:
-        return partial(draw_step, threads=threads)
     if not device.startswith("cuda") or find_spec("triton") is None:
         return draw_step
     try:
@@ -265,25 +249,19 @@ def sample(
     finite = (xp.isfinite(low) & xp.isfinite(high))[..., 0]
     temperature = rows.temperature[:, None, None]
     kept = logits / temperature
-    depth = high / temperature - kept
-    # NaN has no depth, but must not break a lookup.
-    depth = xp.fmax(depth, xp.zeros_like(high), out=depth)
-    weight = _weight(depth)
+    below = kept - high / temperature
+    # NaN is not below anything, but must not break a lookup.
+    below = xp.fmin(below, xp.zeros_like(high), out=below)
+    weight = _weight(below)
     if filtered:
         weight = _filter(kept, weight, rows)
-    band = xp.astype(xp.fmin(depth, xp.full_like(high, BANDS - 1), out=depth), xp.int64)
+    below = xp.fmax(below, xp.full_like(high, 1 - BANDS), out=below)
+    band = -xp.astype(below, xp.int64)
     mass = _masses(weight, band)
     total = xp.sum(mass, axis=-1)
     target = xp.minimum(xp.floor(uniform * total), total - 1)[..., None]
     chosen, rest = _find(mass, target)
-    weight *= band == chosen
-    if not on_host(weight) or weight.shape[-1] % BLOCK:
-        return _find(weight, rest)[0][..., 0], finite
-    # NumPy adds up blocks with vector instructions, but not what comes before each token.
-    blocks = weight.reshape(*weight.shape[:-1], -1, BLOCK)
-    block, rest = _find(blocks.sum(axis=-1), rest)
-    within = np.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
-    return (block * BLOCK + _find(within, rest)[0])[..., 0], finite
+    return _find_in_band(weight, band == chosen, rest), finite
 
 
 def _masses(weight: Array, band: Array) -> Array:
@@ -304,15 +282,28 @@ def _find(weight: Array, target: Array) -> tuple[Array, Array]:
     return place, target - (look_up(cumulative, place) - look_up(weight, place))
 
 
-def _weight(depth: Array) -> Array:
-    """Whole weights, as float64, of tokens that are so many nats below the best."""
-    xp = namespace_of(depth)
-    weight = xp.astype(depth, xp.float64)
-    weight *= -1
+def _find_in_band(weight: Array, inside: Array, target: Array) -> Array:
+    """The token [...] at which target [..., 1] falls among those inside the band [..., V]."""
+    if not on_host(weight):
+        weight *= inside
+        return _find(weight, target)[0][..., 0]
+    tokens = np.zeros(inside.shape[:-1], np.int64)
+    for row in np.ndindex(tokens.shape):
+        some = np.flatnonzero(inside[row])
+        place = np.searchsorted(weight[row][some].cumsum(), target[row], side="right")[0]
+        tokens[row] = some[min(place, len(some) - 1)] if len(some) else 0  # of what is not finite
+    return tokens
+
+
+def _weight(below: Array) -> Array:
+    """Whole weights, as float64, of tokens whose logits are so far (at most 0) below the best."""
+    xp = namespace_of(below)
+    weight = xp.astype(below, xp.float64)
     weight = xp.exp(weight, out=weight)
     weight *= WHOLE
-    weight += 0.5
-    return xp.floor(weight)
+    weight += TO_WHOLE
+    weight -= TO_WHOLE
+    return weight
 
 
 def _filter(logits: Array, weight: Array, rows: SamplingRows) -> Array:
@@ -322,7 +313,7 @@ def _filter(logits: Array, weight: Array, rows: SamplingRows) -> Array:
     ranked = xp.sort(logits, axis=-1, descending=True)
     last = xp.broadcast_to((rows.top_k - 1)[:, None, None], (*ranked.shape[:-1], 1))
     least = look_up(ranked, last)
-    of_ranked = _weight(ranked[..., :1] - ranked)
+    of_ranked = _weight(ranked - ranked[..., :1])
     of_ranked *= ranked >= least
     cumulative = xp.cumulative_sum(of_ranked, axis=-1)
     reached = xp.astype(rows.top_p, xp.float64)[:, None, None] * cumulative[..., -1:]

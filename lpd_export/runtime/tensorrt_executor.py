@@ -75,7 +75,6 @@ class TensorRTExecutor:
         self.device = str(find_gpu(device))
         self.arrays = arrays_of(self.device)
         self.float_type = float_type
-        self.threads = 1
         self.records = True  # until a capture fails
         self.logger = make_logger(self.trt)
         self._engine_files = dict(engines)

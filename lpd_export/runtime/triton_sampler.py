@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpd_export.runtime.sampler import BANDS, WHOLE, SamplingRows, StepCells
+from lpd_export.runtime.sampler import BANDS, TO_WHOLE, WHOLE, SamplingRows, StepCells
 
 BLOCK = 2048
 """Tokens that a program looks at at once."""
@@ -27,6 +27,7 @@ VIEWS = ["scales", "uniforms", "givens", "tokens", "finites"]
 
 BAND_COUNT = tl.constexpr(BANDS)
 WEIGHT_OF_BEST = tl.constexpr(WHOLE)
+ADDED_TO_ROUND = tl.constexpr(TO_WHOLE)
 
 
 def draw_step(
@@ -106,7 +107,8 @@ def _depth(value, highest, temperature):
 
 @triton.jit
 def _weight(depth):
-    return (tl.exp(-depth.to(tl.float64)) * WEIGHT_OF_BEST + 0.5).to(tl.int64)
+    weight = tl.exp(-depth.to(tl.float64)) * WEIGHT_OF_BEST
+    return ((weight + ADDED_TO_ROUND) - ADDED_TO_ROUND).to(tl.int64)
 
 
 @triton.jit

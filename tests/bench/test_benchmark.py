@@ -100,7 +100,7 @@ def test_layers_of_engines_are_summed_by_graph() -> None:
             self.tell("fc2", 1.0)
 
     class Engines:
-        arrays, device, float_type, threads = arrays_of("cpu"), "cpu", "float16", 1
+        arrays, device, float_type = arrays_of("cpu"), "cpu", "float16"
 
         def bind(self, graph: str, tensors: object) -> Layers:
             return Layers()

@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +224,7 @@ def test_a_whole_generation_is_the_same(
 
 
 def test_a_cpu_draws_without_kernels() -> None:
-    chosen = choose_draw_step("cpu", 3)
-    assert isinstance(chosen, partial)
-    assert chosen.func is sampler.draw_step
-    assert chosen.keywords == {"threads": 3}
+    assert choose_draw_step("cpu") is sampler.draw_step
 
 
 def test_kernels_that_draw_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,27 +277,14 @@ def test_kernels_compile_for_a_gpu_and_round_as_the_plain_sampler(tmp_path: Path
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("filtered", [False, True])
-def test_threads_draw_what_one_draws(filtered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "IN_CACHE", 100)  # a cell at a time
+def test_what_is_drawn_does_not_depend_on_how_many_cells_are_drawn_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     logits = normal(3)(torch.Generator().manual_seed(0), 4, 9, 60)
     uniform = torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    samplings = [Sampling(cfg=3, top_k=7 if filtered else None), Sampling(temperature=2)]
-    threads: set[int] = set()
-    of_one_thread = sampler.sample
-
-    def sample(*arguments: Any) -> Any:
-        threads.add(threading.get_ident())
-        return of_one_thread(*arguments)
-
-    monkeypatch.setattr(sampler, "sample", sample)
+    samplings = [Sampling(cfg=3, top_k=7), Sampling(temperature=2)]
     host = arrays_of("cpu")
     expected, _ = drawn(sampler.draw_step, logits, uniform, samplings, True, arrays=host)
-    assert threads == {threading.get_ident()}
-    together = choose_draw_step("cpu", 3)
-    tokens, _ = drawn(together, logits, uniform, samplings, True, arrays=host)
+    monkeypatch.setattr(sampler, "IN_CACHE", 4 * 60)
+    tokens, _ = drawn(sampler.draw_step, logits, uniform, samplings, True, arrays=host)
     assert tokens.equal(expected)
-    assert len(threads) > 1
-    monkeypatch.setattr(sampler, "sample", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        drawn(together, logits, uniform, samplings, True, arrays=host)
