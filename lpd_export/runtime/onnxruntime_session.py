@@ -46,8 +46,9 @@ def session_options(
     # what makes it fast; in an FP16 graph, as an engine has it, on the activations as they are.
     level = "4" if float_type == "float32" else "0"
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
-    # A thread that spins until there is work again takes the core from whoever has some.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The next operator comes soon, and to wake a thread for it takes long; but one that spins until
+    # the next graph comes takes the core from whoever has work.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     options.log_severity_level = 4  # what it would log as errors, it raises too
     if profile is not None:
         options.enable_profiling = True
