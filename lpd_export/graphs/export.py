@@ -39,8 +39,8 @@ OPSET = 24
 WEIGHTS_FILE = "weights.data"
 ALIGNMENT = 4096
 """Of each tensor in the weights file, so that it can be mapped page by page."""
-OF_SECOND_BLOCK = r"^(blocks\.|(?:past|present)_(?:key|value)_)1\b"
-"""Names of nodes, weights and caches."""
+OF_BLOCK = r"^(blocks\.|(?:past|present)_(?:key|value)_){}\b"
+"""Names of a block's nodes, weights and caches."""
 
 
 def _tensor_scatter_to_onnx(cache: Any, update: Any, write_index: Any) -> Any:
@@ -52,16 +52,19 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def export_decode(model: LPD) -> ir.Model:
+def export_decode(model: LPD, cut_rows: bool = False) -> ir.Model:
     """`decode.onnx`: the transformer of all phases (see `graphs.Decode`).
 
-    Two blocks are traced, and the second repeated for all others: a block takes half a second.
+    The first two blocks and the last are traced, and the second repeated for all others: a block
+    takes half a second.
+
+    cut_rows: whether the last block leaves out what it would make of the context.
     """
     config = model.config
-    module = Decode(model)
-    depth = min(config.depth, 2)
+    module = Decode(model, cut_rows)
+    depth = min(config.depth, 3)
     weights = module.blocks.state_dict(prefix="blocks.")
-    module.blocks = module.blocks[:depth]
+    module.blocks = nn.ModuleList([*module.blocks[: depth - 1], module.blocks[-1]])
     # Small, but distinct from one another and from 1: the exporter would take those for constants.
     rows, context, tokens = 2, 3, 5
     shape = (rows, config.heads, config.cells + 1, config.head_dim)
@@ -98,16 +101,17 @@ def export_decode(model: LPD) -> ir.Model:
 
 
 def _repeat_block(graph: ir.Graph, weights: Mapping[str, torch.Tensor], depth: int) -> None:
-    """Repeats the second block of a decode graph until it has `depth`, with weights by name."""
-    if depth <= 2:
+    """Repeats the second of three blocks until there are `depth`, with weights by name."""
+    if depth <= 3:
         return
+    _rename_block(graph, 2, depth - 1)
     block = [node for node in graph if str(node.name).startswith(("blocks.1.", "blocks.1/"))]
     residual, end = block[0].inputs[0], block[-1].outputs[0]
     after = list(end.uses())
     values = {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
     last = block[-1]
-    for layer in range(2, depth):
-        renamed = partial(re.sub, OF_SECOND_BLOCK, rf"\g<1>{layer}")
+    for layer in range(2, depth - 1):
+        renamed = partial(re.sub, OF_BLOCK.format(1), rf"\g<1>{layer}")
         copies: dict[ir.Value | None, ir.Value] = {residual: last.outputs[0]}
         for node in block:
             for value in (*node.inputs, *node.outputs):
@@ -137,6 +141,17 @@ def _repeat_block(graph: ir.Graph, weights: Mapping[str, torch.Tensor], depth: i
     ):
         ends.clear()
         ends.extend(values[name] for name in names)
+
+
+def _rename_block(graph: ir.Graph, layer: int, new: int) -> None:
+    """Renames all that is of a block."""
+    renamed = partial(re.sub, OF_BLOCK.format(layer), rf"\g<1>{new}")
+    values = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    for node in graph:
+        node.name = renamed(str(node.name))
+        values.update(node.outputs)
+    for value in values:
+        value.name = renamed(str(value.name))
 
 
 def export_detokenize(tokenizer: VQTokenizer, grid: int) -> ir.Model:

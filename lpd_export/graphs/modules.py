@@ -79,14 +79,29 @@ class DecodeBlock(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, mask: Tensor, write_index: Tensor, past_key: Tensor, past_value: Tensor
+        self,
+        x: Tensor,
+        mask: Tensor,
+        write_index: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        context_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """What it gives of x [R, T, D], and present keys and values.
+
+        context_tokens: C, where of the context nothing is read any more but its keys and values,
+            and what is given is [R, Q, D].
+        """
         normed = self.norm1(x)
         key, value = self.heads_of(self.key(normed)), self.heads_of(self.value(normed))
         present_key = tensor_scatter(past_key, key, write_index)
         present_value = tensor_scatter(past_value, value, write_index)
-        query = self.heads_of(self.query(normed))
-        mixed = F.scaled_dot_product_attention(query, present_key, present_value, attn_mask=mask)
+        query = self.query(normed)
+        if context_tokens is not None:
+            x, query, mask = x[:, context_tokens:], query[:, context_tokens:], mask[context_tokens:]
+        mixed = F.scaled_dot_product_attention(
+            self.heads_of(query), present_key, present_value, attn_mask=mask
+        )
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x, present_key, present_value
@@ -97,10 +112,15 @@ class Decode(nn.Module):
 
     The embedding table is [V + classes + 1, D]: image tokens, then classes, then the null
     condition, so that a condition is a token id like any other.
+
+    Args:
+        model: the reference.
+        cut_rows: whether the last block leaves out what it would make of the context.
     """
 
-    def __init__(self, model: LPD) -> None:
+    def __init__(self, model: LPD, cut_rows: bool = False) -> None:
         super().__init__()
+        self.cut_rows = cut_rows
         self.config = model.config
         self.embedding = nn.Parameter(
             torch.cat([model.token_emb.weight, model.class_emb.weight, model.fake_latent]),
@@ -140,11 +160,14 @@ class Decode(nn.Module):
         x = torch.cat([context, queries], dim=1) + F.embedding(positions, self.pos_embed)
         x = self.z_proj_ln(x)
         keys, values = [], []
+        last = self.blocks[-1] if self.cut_rows else None
         for block, past_key, past_value in zip(self.blocks, past_keys, past_values, strict=True):
-            x, key, value = block(x, attention_mask, write_index, past_key, past_value)
+            cut = context_tokens if block is last else None
+            x, key, value = block(x, attention_mask, write_index, past_key, past_value, cut)
             keys.append(key)
             values.append(value)
-        return self.head(self.norm(x[:, context_tokens:])), keys, values
+        queries = x if self.cut_rows else x[:, context_tokens:]
+        return self.head(self.norm(queries)), keys, values
 
 
 class ChannelNorm(nn.Module):

@@ -28,18 +28,19 @@ def cut_to_written_rows(decode: ir.Model) -> None:
     end = ir.node("Add", [first.outputs[0], tokens.outputs[0]])
     end.outputs[0].name = END
     _describe(end.outputs[0], ir.DataType.INT64, [1])
-    mask = _slice(graph, inputs[contract.ATTENTION_MASK], 1, end.outputs[0])
     for node in (first, tokens, end):
         node.name = f"{END}/{node.op_type}"
-    graph.insert_before(graph[0], [first, tokens, end, mask])
+    graph.insert_before(graph[0], [first, tokens, end])
+    of_cut: dict[ir.Value, ir.Value] = {}
     for node in [node for node in graph if node.op_type == "Attention"]:
-        for place in (1, 2):
-            cache = node.inputs[place]
-            assert cache is not None
-            cut = _slice(graph, cache, 2, end.outputs[0])
-            graph.insert_before(node, cut)
-            node.replace_input_with(place, cut.outputs[0])
-        node.replace_input_with(3, mask.outputs[0])
+        for place, axis in ((1, 2), (2, 2), (3, 1)):
+            value = node.inputs[place]
+            assert value is not None
+            if value not in of_cut:
+                cut = _slice(graph, value, axis, end.outputs[0])
+                graph.insert_before(node, cut)
+                of_cut[value] = cut.outputs[0]
+            node.replace_input_with(place, of_cut[value])
 
 
 def fix_written_rows(decode: ir.Model, rows: int) -> None:
