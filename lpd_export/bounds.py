@@ -34,6 +34,8 @@ Threads = Annotated[int, Field(ge=1, le=max(64, 4 * (os.cpu_count() or 1)))]
 """Far too many end the process inside ONNX Runtime, without a word."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hexadecimal."""
+DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+"""Where graphs run, as a whole: a GPU may be one of several."""
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal, a log or a page may obey instead of showing it.

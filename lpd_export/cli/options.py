@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from lpd_export.bounds import DEVICE
 
 Command = Callable[..., Any]
 
@@ -19,7 +20,7 @@ class Device(click.ParamType[str]):
     def convert(
         self, value: str, parameter: click.Parameter | None, context: click.Context | None
     ) -> str:
-        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", value):
+        if not DEVICE.fullmatch(value):
             self.fail(f"{value!r} is not cpu, cuda, or a GPU by its number such as cuda:1")
         return value
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lpd_export.bounds import DEVICE
 from lpd_export.bundle.manifest import GRAPH_NAMES, MANIFEST, Bundle
 from lpd_export.errors import UserError
 from lpd_export.files import cache_folder, sha256
@@ -30,6 +31,10 @@ def open_executor(
         UserError: if a file is damaged, or this machine has not what the backend needs. Whether
             ONNX weights were altered is known when a graph is loaded.
     """
+    if device is not None and not DEVICE.fullmatch(device):
+        raise UserError(
+            f"the device must be cpu, cuda, or a GPU by its number such as cuda:1, not {device!r}"
+        )
     manifest = bundle.manifest
     graphs = {graph: f"onnx/{graph}.onnx" for graph in GRAPH_NAMES}
     if not BACKENDS[manifest.backend].compiles:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lpd_export import Pipeline, UserError
 from lpd_export.runtime import onnxruntime_session
 from lpd_export.runtime.onnxruntime_executor import OnnxRuntimeExecutor, cuda_options
 from lpd_export.runtime.onnxruntime_session import allowed_cores
@@ -48,3 +49,9 @@ def test_graphs_are_loaded_together_and_once(
     executor.load(*graphs)
     executor.load(*graphs)
     assert sorted(loaded) == [*graphs]
+
+
+@pytest.mark.parametrize("device", ["gpu", "CPU", "cuda:x", "cuda:-1", ""])
+def test_a_device_that_there_is_not_is_refused(small_bundle: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"such as cuda:1, not {device!r}"):
+        Pipeline.open(small_bundle, device=device)
