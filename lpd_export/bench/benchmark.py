@@ -45,8 +45,10 @@ def bench(request: BenchRequest, report: Report) -> Benchmark:
     manifest = bundle.manifest
     cold, operators = None, {}
     if request.details:
-        report("starting a process of its own for a first image")
-        cold = cold_start(bundle.path, request.batches[0], request.device, request.threads)
+        report("starting processes of their own for a first image")
+        cold = cold_start(
+            bundle.path, request.batches[0], request.device, request.threads, request.runs
+        )
     report("counting operations and bytes")
     work = generation_work(bundle)
     report(f"loading {bundle.path}")
