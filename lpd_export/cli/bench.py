@@ -41,7 +41,7 @@ from lpd_export.errors import UserError
     "--details/--no-details",
     default=True,
     show_default=True,
-    help="Also profile operators, and time a process of its own from its start.",
+    help="Also profile operators, and time processes of their own from their start.",
 )
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of a report as HTML."

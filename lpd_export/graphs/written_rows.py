@@ -31,16 +31,16 @@ def cut_to_written_rows(decode: ir.Model) -> None:
     for node in (first, tokens, end):
         node.name = f"{END}/{node.op_type}"
     graph.insert_before(graph[0], [first, tokens, end])
-    of_cut: dict[ir.Value, ir.Value] = {}
+    cuts: dict[ir.Value, ir.Value] = {}
     for node in [node for node in graph if node.op_type == "Attention"]:
         for place, axis in ((1, 2), (2, 2), (3, 1)):
             value = node.inputs[place]
             assert value is not None
-            if value not in of_cut:
+            if value not in cuts:
                 cut = _slice(graph, value, axis, end.outputs[0])
                 graph.insert_before(node, cut)
-                of_cut[value] = cut.outputs[0]
-            node.replace_input_with(place, of_cut[value])
+                cuts[value] = cut.outputs[0]
+            node.replace_input_with(place, cuts[value])
 
 
 def fix_written_rows(decode: ir.Model, rows: int) -> None:

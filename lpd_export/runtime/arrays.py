@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace, is_numpy_array, to_device
+from array_api_compat import is_numpy_array, to_device
 from numpy.typing import NDArray
 
 Array = Any
@@ -61,11 +61,6 @@ def arrays_of(device: str) -> Arrays:
     """NumPy's arrays on the CPU, torch's elsewhere."""
     library = "numpy" if device == HOST else "torch"
     return Arrays(import_module(f"array_api_compat.{library}"), device)
-
-
-def namespace_of(array: Array) -> Any:
-    """The library of an array, as `Arrays.xp`."""
-    return array_namespace(array)
 
 
 def on_host(array: Array) -> bool:

@@ -17,10 +17,11 @@ from math import prod
 from typing import NamedTuple, Self, get_args
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from lpd_export.bounds import Cfg, GuidanceSchedule, Positive, Probability, Temperature, checked
-from lpd_export.runtime.arrays import Array, Arrays, arrays_of, look_up, namespace_of, on_host
+from lpd_export.runtime.arrays import Array, Arrays, arrays_of, look_up, on_host
 
 GUIDANCE_SCHEDULES: tuple[GuidanceSchedule, ...] = get_args(GuidanceSchedule)
 
@@ -152,7 +153,7 @@ def draw_step(
             guided_logits = guide(of_some, some.scale) if guided else of_some
             drawn, finite = sample(guided_logits, some.uniform, rows, filtered)
         some.finite[...] = finite
-        some.tokens[...] = namespace_of(drawn).where(some.given < 0, drawn, some.given)
+        some.tokens[...] = array_namespace(drawn).where(some.given < 0, drawn, some.given)
 
 
 @cache
@@ -243,7 +244,7 @@ def sample(
     Returns:
         token ids [B, Q] int64, and whether all logits were finite [B, Q]: if not, any token.
     """
-    xp = namespace_of(logits)
+    xp = array_namespace(logits)
     # Either is NaN if any logit is.
     low, high = (of(logits, axis=-1, keepdims=True) for of in (xp.min, xp.max))
     finite = (xp.isfinite(low) & xp.isfinite(high))[..., 0]
@@ -276,7 +277,7 @@ def _masses(weight: Array, band: Array) -> Array:
 
 def _find(weight: Array, target: Array) -> tuple[Array, Array]:
     """Where target [..., 1] falls among weights [..., N] laid end to end, and how far into it."""
-    xp = namespace_of(weight)
+    xp = array_namespace(weight)
     cumulative = xp.cumulative_sum(weight, axis=-1)
     place = xp.sum(cumulative <= target, axis=-1, keepdims=True)
     return place, target - (look_up(cumulative, place) - look_up(weight, place))
@@ -297,7 +298,7 @@ def _find_in_band(weight: Array, inside: Array, target: Array) -> Array:
 
 def _weight(below: Array) -> Array:
     """Whole weights, as float64, of tokens whose logits are so far (at most 0) below the best."""
-    xp = namespace_of(below)
+    xp = array_namespace(below)
     weight = xp.astype(below, xp.float64)
     weight = xp.exp(weight, out=weight)
     weight *= WHOLE
@@ -308,7 +309,7 @@ def _weight(below: Array) -> Array:
 
 def _filter(logits: Array, weight: Array, rows: SamplingRows) -> Array:
     """Weights [B, Q, V], 0 outside the top k of logits and then outside the top-p nucleus."""
-    xp = namespace_of(logits)
+    xp = array_namespace(logits)
     # NumPy sorts with vector instructions.
     ranked = xp.sort(logits, axis=-1, descending=True)
     last = xp.broadcast_to((rows.top_k - 1)[:, None, None], (*ranked.shape[:-1], 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gpu_cost import WithTensors
 from lpd_export import ImageRequest, Pipeline, Sampling
 from lpd_export.runtime import generator, sampler
 from lpd_export.runtime.arrays import Arrays, arrays_of
-from lpd_export.runtime.executor import Executor, ExecutorAround, Run
 from lpd_export.runtime.sampler import SamplingRows, StepCells, choose_draw_step, first_difference
 
 triton_sampler = pytest.importorskip("lpd_export.runtime.triton_sampler")
@@ -189,17 +189,6 @@ def test_a_huge_vocabulary(top_p: float | None, monkeypatch: pytest.MonkeyPatch)
     for draw in (triton_sampler.draw_step, sampler.draw_step):
         tokens, _ = drawn(draw, logits, uniform, [Sampling(top_p=top_p)], guided=False)
         assert tokens[0, SIDE] == int(0.7 * (top_p or 1) * 2**18)
-
-
-class WithTensors(ExecutorAround):
-    """An executor of the CPU over torch's arrays, as a GPU's is."""
-
-    def __init__(self, executor: Executor) -> None:
-        super().__init__(executor)
-        self.arrays = TORCH
-
-    def bind(self, graph: str, tensors: Mapping[str, Tensor]) -> Run:
-        return self._executor.bind(graph, tensors)
 
 
 @pytest.mark.model
