@@ -57,8 +57,10 @@ class Backend:
         not_taken: settings of engines that it has not, and what to do instead.
         quantized_among: the float type of what is between quantized layers.
         unsigned: whether its integer kernels want activations from 0 to 255, not around 0.
-        cuts_rows: whether graphs leave out rows that nothing needs: of the cache those that are not
-            written yet, and in the last block the context's. One that fuses attention takes all.
+        fuses_attention: whether attention is one kernel with its cache, which takes rows by heads,
+            [R, H, S + 1, d], and reads them all. For another, caches are [R, S + 1, D], which
+            nothing has to transpose, and graphs leave out rows that nothing needs: of the cache
+            those that are not written yet, and in the last block the context's.
         polygraphy: how `polygraphy run` is told to use it: variables, then the option.
     """
 
@@ -68,7 +70,7 @@ class Backend:
     compiles: bool
     quantized_among: FloatType
     unsigned: bool
-    cuts_rows: bool
+    fuses_attention: bool
     polygraphy: tuple[str, str]
     portable: bool = False
     fewest_fused_heads: int = 1
@@ -82,7 +84,7 @@ ONNXRUNTIME = Backend(
     compiles=False,
     quantized_among=FLOAT32,  # its CPU has no FP16
     unsigned=True,
-    cuts_rows=True,
+    fuses_attention=False,
     polygraphy=("", "--onnxrt"),
 )
 TENSORRT = Backend(
@@ -92,7 +94,7 @@ TENSORRT = Backend(
     compiles=True,
     quantized_among=FLOAT16,
     unsigned=False,
-    cuts_rows=False,
+    fuses_attention=True,
     polygraphy=("", "--trt"),
     not_taken={
         "compute_capability": "tensorrt compiles for the GPU that it runs on: leave out the "
@@ -107,7 +109,7 @@ TENSORRT_RTX = Backend(
     compiles=True,
     quantized_among=FLOAT16,
     unsigned=False,
-    cuts_rows=False,
+    fuses_attention=True,
     polygraphy=("POLYGRAPHY_USE_TENSORRT_RTX=1 ", "--trt"),
     portable=True,
     fewest_fused_heads=2,

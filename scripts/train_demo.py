@@ -3,7 +3,7 @@
     python scripts/train_demo.py
     OMP_NUM_THREADS=1 nice -n 19 python scripts/train_demo.py --runs ~/runs/emoji-artwork
 
-It takes a day and a half on one CPU core. It can be stopped or killed at any time: the same command
+It takes a day on two CPU cores. It can be stopped or killed at any time: the same command
 goes on from the last checkpoint of what was being trained, a few minutes back. What is finished is
 not done again. The folder of --runs then holds, beside the runs, tokenizer.safetensors,
 lpd.safetensors and classifier.safetensors, and three small LPDs to compare: small.safetensors,
@@ -24,7 +24,7 @@ import train_lpd
 import train_tokenizer
 
 TOKENIZER = (
-    "--steps=24000",
+    "--steps=40000",
     "--batch-size=8",
     "--learning-rate=8e-4",
     "--warmup-steps=200",
@@ -37,9 +37,9 @@ TOKENIZER = (
     "--validate-every=1000",
 )
 CLASSIFIER = ("--steps=2000",)
-SMALL = ("--steps=12000", "--dim=256", "--depth=4", "--heads=4", "--patience=6")
+SMALL = ("--steps=8000", "--dim=256", "--depth=4", "--heads=4", "--patience=6")
 LPDS = {
-    "lpd": ("--steps=40000", "--dim=256", "--depth=9", "--heads=4", "--patience=6"),
+    "lpd": ("--steps=20000", "--dim=256", "--depth=9", "--heads=4", "--patience=6"),
     "small": SMALL,
     "small-raster": (*SMALL, "--orders=raster:1", "--schedules=256:1"),
     "small-alone": (*SMALL, "--each-query-alone"),

@@ -196,7 +196,7 @@ def rows_beyond(limit: int) -> Damage:
 def stale_row(models: Models) -> None:
     """The last of the rows that one layer's values should be written to keeps what it held."""
     model = models["decode"]
-    bounds = [constant(model, name, [value]) for name, value in (("0", 0), ("-1", -1), ("2", 2))]
+    bounds = [constant(model, name, [value]) for name, value in (("0", 0), ("-1", -1), ("1", 1))]
     node = next(node for node in model.graph if node.outputs[0].name == "present_value_1")
     replace_input(model, node, 1, lambda update: [ir.node("Slice", [update, *bounds])])
 

@@ -60,15 +60,17 @@ def tokenizer(golden: Golden) -> VQTokenizer:
     return model
 
 
-def step_inputs(model: LPD, sizes: list[int], rows: int, number: int) -> dict[str, Tensor]:
+def step_inputs(
+    model: LPD, sizes: list[int], rows: int, number: int, fused_attention: bool = True
+) -> dict[str, Tensor]:
     """Random but valid inputs of one phase, by name; caches hold random rows where read."""
     config = model.config
     phase = phase_table(sizes)[number]
     generator = torch.Generator().manual_seed(number)
     vocabulary = config.vocab_size + config.num_classes + 1
-    shape = (rows, config.heads, config.cells + 1, config.head_dim)
+    of_row = contract.cache_shape(config.heads, config.cells, config.head_dim, fused_attention)
     caches = {
-        name: torch.randn(shape, generator=generator)
+        name: torch.randn((rows, *of_row), generator=generator)
         for name in contract.cache_names("past", config.depth)
     }
     return {

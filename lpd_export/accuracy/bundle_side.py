@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpd_export.accuracy.request import VerifyRequest
-from lpd_export.accuracy.sides import BATCH, Drawn, Feed, Outputs, Task
+from lpd_export.accuracy.sides import BATCH, Drawn, Feed, Outputs, Task, in_shape
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle
 from lpd_export.errors import GraphError, UserError
 from lpd_export.formats import BACKENDS, BFLOAT16, FLOAT16, FLOAT32
-from lpd_export.graphs.contract import cache_names, present_of
+from lpd_export.graphs.contract import cache_names, is_past, present_of
 from lpd_export.precision.portable import portable_files
 from lpd_export.progress import Report
 from lpd_export.runtime.arrays import Array
@@ -125,10 +125,11 @@ class BundleSide:
 
     def decode(self, task: Task, phase: Phase, feed: Feed) -> Outputs:
         executor, model = self.pipeline.executor, self.pipeline.manifest.model
-        arrays = executor.arrays
+        arrays, of_row = executor.arrays, self.pipeline.manifest.cache_shape
+        given = {k: in_shape(v, of_row) if is_past(k) else v for k, v in feed.items()}
         with executor.stream():
             # Copies, since the caches are updated in place.
-            tensors = {name: self._to_device(values) for name, values in feed.items()}
+            tensors = {name: self._to_device(values) for name, values in given.items()}
             shape = (task.rows, phase.queries, model.vocab_size)
             logits = arrays.zeros(shape, "float32")
             caches = cache_names("past", model.depth)
@@ -153,6 +154,9 @@ class BundleSide:
                 for name, values in {"guided_logits": guided, **written}.items()
             )
             del launched  # copying has waited for the graph, which needs its context until then
+            for past in caches:
+                present = present_of(past)
+                copied[present] = in_shape(copied[present], feed[past].shape[1:])
             return copied
 
     def detokenize(self, feed: Feed) -> Outputs:

@@ -132,9 +132,9 @@ def comparable(
         if not name.startswith(PRESENT):
             continue
         past = feed[name.replace("present", "past", 1)]
-        compared[name] = values[:, :, written]
+        compared[name] = values[..., written, :]
         changed = np.abs(values - past.astype(values.dtype))
-        changed[:, :, written] = 0
+        changed[..., written, :] = 0
         changes.append(changed.max())
     ordered = OrderedDict({LEFT_ALONE: np.array(changes)})
     # In the order of computation, so that the first failure is where to look.

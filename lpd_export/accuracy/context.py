@@ -53,6 +53,11 @@ class Context:
         """What both sides compute."""
         return self.actual.pipeline.manifest.model
 
+    @property
+    def cache_shape(self) -> tuple[int, ...]:
+        """Of one row's keys or values, as the judged bundle's graphs have them."""
+        return self.actual.pipeline.manifest.cache_shape
+
 
 def open_context(
     request: VerifyRequest, bundle: Bundle, task: Task, scratch: Path, report: Report

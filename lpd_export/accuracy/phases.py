@@ -16,7 +16,7 @@ from polygraphy.comparator import Comparator
 
 from lpd_export.accuracy.comparison import comparable, quiet
 from lpd_export.accuracy.context import Context
-from lpd_export.accuracy.sides import FunctionRunner, cache_shape, decode_inputs
+from lpd_export.accuracy.sides import FunctionRunner, decode_inputs
 from lpd_export.formats import FLOAT_TYPES
 from lpd_export.graphs.contract import cache_names
 from lpd_export.schedule.phases import Phase, attention_mask
@@ -52,7 +52,7 @@ def decode_runs(context: Context, image: int) -> Iterator[PhaseRun]:
         runners = [
             FunctionRunner(
                 side.name,
-                decode_inputs(phase, task.rows, model, side.feed_type),
+                decode_inputs(phase, task.rows, model, context.cache_shape, side.feed_type),
                 partial(side.decode, task, phase),
             )
             for side in context.sides
@@ -120,7 +120,7 @@ def decode_feed(
 def first_caches(context: Context) -> dict[str, NDArray[np.float32]]:
     """Caches as a runtime finds them: full of what was there before."""
     generator = np.random.default_rng(0)
-    shape = cache_shape(context.task.rows, context.model)
+    shape = (context.task.rows, *context.cache_shape)
     return {
         name: generator.standard_normal(shape, np.float32)
         for name in cache_names("past", context.model.depth)

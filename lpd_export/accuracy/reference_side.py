@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpd_export.accuracy.request import VerifyRequest
-from lpd_export.accuracy.sides import BATCH, Drawn, Feed, Outputs, Task
+from lpd_export.accuracy.sides import BATCH, Drawn, Feed, Outputs, Task, in_shape
 from lpd_export.bundle.manifest import Manifest, Origin
 from lpd_export.errors import UserError
 from lpd_export.files import sha256
+from lpd_export.graphs.contract import cache_shape
 from lpd_export.images import to_uint8
 from lpd_export.progress import Report
 from lpd_export.schedule.phases import Phase
@@ -102,9 +103,13 @@ class Reference:
 
     @torch.inference_mode()
     def decode(self, task: Task, phase: Phase, feed: Feed) -> Outputs:
-        past, caches = past_rows(task, phase), []
-        for i in range(self.model.config.depth):
-            key, value = (torch.from_numpy(feed[f"past_{kind}_{i}"]) for kind in ("key", "value"))
+        past, caches, config = past_rows(task, phase), [], self.model.config
+        by_heads = cache_shape(config.heads, config.cells, config.head_dim, fused_attention=True)
+        for i in range(config.depth):
+            key, value = (
+                torch.from_numpy(in_shape(feed[f"past_{kind}_{i}"], by_heads))
+                for kind in ("key", "value")
+            )
             rows = (key[:, :, :past], value[:, :, :past]) if past else (None, None)
             caches.append(WholeCache(*rows))
         positions = torch.from_numpy(feed["positions"])
@@ -119,10 +124,11 @@ class Reference:
         outputs["guided_logits"] = guided.numpy()
         for number, kind in enumerate(("key", "value")):
             for i, cache in enumerate(caches):
-                present = feed[f"past_{kind}_{i}"].copy()
+                before = feed[f"past_{kind}_{i}"]
+                present = in_shape(before, by_heads).copy()
                 written = cache.written[number].numpy()
                 present[:, :, past : past + written.shape[2]] = written
-                outputs[f"present_{kind}_{i}"] = present
+                outputs[f"present_{kind}_{i}"] = in_shape(present, before.shape[1:])
         return outputs
 
     def content(self, token_ids: Tensor) -> Tensor:

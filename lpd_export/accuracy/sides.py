@@ -136,7 +136,7 @@ class Side(Protocol):
     def decode(self, task: Task, phase: Phase, feed: Feed) -> Outputs:
         """What the decode graph gives for one image (`decode_inputs`), in FP32.
 
-        Beside its outputs, `guided_logits` [1, Q, V].
+        Beside its outputs, `guided_logits` [1, Q, V]. Caches go in and out in the feed's shape.
         """
 
     def detokenize(self, feed: Feed) -> Outputs:
@@ -173,14 +173,24 @@ class FunctionRunner(BaseRunner):
         return outputs
 
 
-def cache_shape(rows: int, model: ModelDescription) -> tuple[int, int, int, int]:
-    """[R, H, S + 1, d], of each cache."""
-    return rows, model.heads, model.cells + 1, model.head_dim
+def in_shape(cache: NDArray[Any], of_row: Sequence[int]) -> NDArray[Any]:
+    """A cache [R, H, N, d] or [R, N, H d] with rows of this shape, which is one of the two."""
+    if cache.ndim == 1 + len(of_row):
+        return cache
+    if cache.ndim == 4:
+        return np.ascontiguousarray(cache.swapaxes(1, 2)).reshape(len(cache), *of_row)
+    heads, rows, head_dim = of_row
+    return np.ascontiguousarray(cache.reshape(-1, rows, heads, head_dim).swapaxes(1, 2))
 
 
-def decode_inputs(phase: Phase, rows: int, model: ModelDescription, float_type: Any) -> Inputs:
-    """The inputs of a decode graph in one phase."""
-    cache = (float_type, cache_shape(rows, model))
+def decode_inputs(
+    phase: Phase, rows: int, model: ModelDescription, cache_shape: Sequence[int], float_type: Any
+) -> Inputs:
+    """The inputs of a decode graph in one phase.
+
+    cache_shape: of one row's keys or values.
+    """
+    cache = (float_type, (rows, *cache_shape))
     return {
         "token_ids": (np.int64, (rows, phase.context)),
         "positions": (np.int64, (rows, phase.tokens)),

@@ -17,6 +17,7 @@ from lpd_export.bundle.manifest import Bundle
 from lpd_export.errors import UserError
 from lpd_export.graphs.contract import CONTEXT_TOKENS, ROWS, TOKENS
 from lpd_export.graphs.static import make_static
+from lpd_export.graphs.written_rows import is_cut
 from lpd_export.schedule.phases import Phase
 
 PREFILL, SAMPLING, DETOKENIZE, PIXELS = "prefill", "sampling", "detokenize", "pixels"
@@ -202,12 +203,12 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _read_of_cache(value: ir.Value, written_rows: int) -> tuple[int, int]:
-    """Rows and bytes that attention reads of keys or values [R, H, N, d], cut or whole."""
+    """Rows and bytes that attention reads of keys or values [..., N, d], cut or whole."""
     producer = value.producer()
     assert producer is not None
-    cut = producer.op_type == "Slice"
+    cut = is_cut(producer)
     cache = _input(producer, 0) if cut else value
-    held = _sizes(cache)[2]
+    held = _sizes(cache)[-2]
     rows = written_rows if cut else held
     return rows, _bytes(cache) // held * rows
 

@@ -120,8 +120,8 @@ def write_exact_graphs(folder: Path, source: Source, backend: Backend, report: R
     grid = source.model.config.grid
     folder.mkdir()
     report("exporting decode.onnx")
-    models = {"decode": export.export_decode(source.model, backend.cuts_rows)}
-    if backend.cuts_rows:
+    models = {"decode": export.export_decode(source.model, backend.fuses_attention)}
+    if not backend.fuses_attention:
         cut_to_written_rows(models["decode"])
     report("exporting detokenize.onnx and tokenize.onnx")
     models["detokenize"] = export.export_detokenize(source.tokenizer, grid)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NotRequired
 
@@ -34,10 +35,11 @@ from lpd_export.bounds import UNPRINTABLE, Cfg, Digest, GuidanceSchedule
 from lpd_export.errors import UserError
 from lpd_export.files import check_writable, new_folder, read_file, sha256
 from lpd_export.formats import BACKENDS, FLOAT_TYPES, PRECISIONS
+from lpd_export.graphs import contract
 from lpd_export.schedule.phases import Phase, phase_table
 from lpd_export.schedule.schedule_file import Schedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SCHEDULE = "schedule.npz"
 GRAPH_NAMES = ("decode", "detokenize", "tokenize")
@@ -301,11 +303,17 @@ class Manifest:
                 "again"
             ) from error
 
+    @property
+    def cache_shape(self) -> tuple[int, ...]:
+        """Of one row's keys or values, as the graphs have them."""
+        model, fused = self.model, BACKENDS[self.backend].fuses_attention
+        return contract.cache_shape(model.heads, model.cells, model.head_dim, fused)
+
     def buffer_bytes(self, batch: int) -> int:
         """What caches and logits of a batch take at run time, guidance included."""
         model = self.model
         size = FLOAT_TYPES[self.float_type].size
-        caches = 2 * model.depth * model.heads * (model.cells + 1) * model.head_dim * size
+        caches = 2 * model.depth * prod(self.cache_shape) * size
         logits = 4 * max(phase.queries for phase in self.phases) * model.vocab_size
         return 2 * batch * (caches + logits)
 

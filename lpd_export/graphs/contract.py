@@ -23,6 +23,12 @@ BATCH = "batch"
 """The dynamic axis of detokenize and tokenize."""
 
 
+def cache_shape(heads: int, cells: int, head_dim: int, fused_attention: bool) -> tuple[int, ...]:
+    """Of one row's keys or values, in a graph whose attention is fused with its cache or is not."""
+    rows = cells + 1
+    return (heads, rows, head_dim) if fused_attention else (rows, heads * head_dim)
+
+
 def cache_names(prefix: str, depth: int) -> list[str]:
     """Names of the caches in the graph's order: every layer's keys, then every layer's values."""
     return [f"{prefix}_{kind}_{i}" for kind in ("key", "value") for i in range(depth)]

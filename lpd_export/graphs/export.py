@@ -44,30 +44,38 @@ OF_BLOCK = r"^(blocks\.|(?:past|present)_(?:key|value)_){}\b"
 
 
 def _tensor_scatter_to_onnx(cache: Any, update: Any, write_index: Any) -> Any:
-    return opset24.TensorScatter(cache, update, write_index, axis=2, mode="linear")
+    axis = len(cache.shape) - 2
+    return opset24.TensorScatter(cache, update, write_index, axis=axis, mode="linear")
+
+
+def _attention_to_onnx(query: Any, key: Any, value: Any, mask: Any, heads: int) -> Any:
+    mixed, *_ = opset24.Attention(query, key, value, mask, q_num_heads=heads, kv_num_heads=heads)
+    return mixed
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.lpd_export.tensor_scatter.default: _tensor_scatter_to_onnx
+    torch.ops.lpd_export.tensor_scatter.default: _tensor_scatter_to_onnx,
+    torch.ops.lpd_export.attention.default: _attention_to_onnx,
 }
 
 
-def export_decode(model: LPD, cut_rows: bool = False) -> ir.Model:
+def export_decode(model: LPD, fused_attention: bool = True) -> ir.Model:
     """`decode.onnx`: the transformer of all phases (see `graphs.Decode`).
 
     The first two blocks and the last are traced, and the second repeated for all others: a block
     takes half a second.
 
-    cut_rows: whether the last block leaves out what it would make of the context.
+    fused_attention: as `graphs.Decode` takes it.
     """
     config = model.config
-    module = Decode(model, cut_rows)
+    module = Decode(model, fused_attention)
     depth = min(config.depth, 3)
     weights = module.blocks.state_dict(prefix="blocks.")
     module.blocks = nn.ModuleList([*module.blocks[: depth - 1], module.blocks[-1]])
     # Small, but distinct from one another and from 1: the exporter would take those for constants.
     rows, context, tokens = 2, 3, 5
-    shape = (rows, config.heads, config.cells + 1, config.head_dim)
+    of_row = contract.cache_shape(config.heads, config.cells, config.head_dim, fused_attention)
+    shape = (rows, *of_row)
     caches = [torch.zeros(shape) for _ in range(2 * depth)]
     args = (
         torch.zeros(rows, context, dtype=torch.int64),

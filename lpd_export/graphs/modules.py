@@ -23,19 +23,37 @@ from lpd_reference.vq import VQTokenizer
 
 @torch.library.custom_op("lpd_export::tensor_scatter", mutates_args=())
 def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
-    """`cache` [R, H, N, d] with rows write_index[r] to write_index[r] + T replaced.
+    """`cache` [R, ..., N, d] with rows write_index[r] to write_index[r] + T replaced.
 
-    The ONNX operator TensorScatter (opset 24) with axis 2, mode linear: update is [R, H, T, d],
+    The ONNX operator TensorScatter (opset 24) with axis -2, mode linear: update is [R, ..., T, d],
     write_index [R] int64.
     """
-    rows = write_index[:, None] + torch.arange(update.shape[2], device=update.device)
-    index = rows[:, None, :, None].expand_as(update)
-    return cache.scatter(2, index, update)
+    rows = write_index[:, None] + torch.arange(update.shape[-2], device=update.device)
+    between = [1] * (update.ndim - 3)
+    index = rows.view(len(rows), *between, -1, 1).expand_as(update)
+    return cache.scatter(-2, index, update)
 
 
 @tensor_scatter.register_fake
 def _(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
     return torch.empty_like(cache)
+
+
+@torch.library.custom_op("lpd_export::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """Attention of `heads` heads that lie beside one another in each row.
+
+    The ONNX operator Attention (opset 24) of three axes: query is [R, T, D], key and value are
+    [R, N, D], mask [T, N]; gives [R, T, D].
+    """
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(query)
 
 
 class Projection(nn.Module):
@@ -60,12 +78,12 @@ class Projection(nn.Module):
 
 
 class DecodeBlock(nn.Module):
-    """A transformer block over a fixed cache."""
+    """A transformer block over a fixed cache, by heads if attention is fused (see `Decode`)."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, fused_attention: bool) -> None:
         super().__init__()
         assert isinstance(block, Block)
-        self.heads = block.attn.heads
+        self.heads, self.fused_attention = block.attn.heads, fused_attention
         self.norm1, self.norm2 = block.norm1, block.norm2
         # Three products, which TensorRT merges: of one and a split it would make FP16 from INT8.
         weights, biases = (part.chunk(3) for part in (block.attn.qkv.weight, block.attn.qkv.bias))
@@ -74,9 +92,16 @@ class DecodeBlock(nn.Module):
         self.fc1 = Projection.of(block.mlp.fc1)
         self.fc2 = Projection.of(block.mlp.fc2)
 
-    def heads_of(self, x: Tensor) -> Tensor:
-        """[R, H, T, d] of [R, T, D]."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Rows [R, T, D] as they are written into the cache."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2) if self.fused_attention else x
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """[R, T, D] of query [R, T, D] and caches."""
+        if not self.fused_attention:
+            return attention(query, key, value, mask, self.heads)
+        mixed = F.scaled_dot_product_attention(self.rows_of(query), key, value, attn_mask=mask)
+        return mixed.transpose(1, 2).flatten(2)
 
     def forward(
         self,
@@ -93,16 +118,13 @@ class DecodeBlock(nn.Module):
             and what is given is [R, Q, D].
         """
         normed = self.norm1(x)
-        key, value = self.heads_of(self.key(normed)), self.heads_of(self.value(normed))
+        key, value = self.rows_of(self.key(normed)), self.rows_of(self.value(normed))
         present_key = tensor_scatter(past_key, key, write_index)
         present_value = tensor_scatter(past_value, value, write_index)
         query = self.query(normed)
         if context_tokens is not None:
             x, query, mask = x[:, context_tokens:], query[:, context_tokens:], mask[context_tokens:]
-        mixed = F.scaled_dot_product_attention(
-            self.heads_of(query), present_key, present_value, attn_mask=mask
-        )
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        x = x + self.proj(self.attend(query, present_key, present_value, mask))
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x, present_key, present_value
 
@@ -115,12 +137,14 @@ class Decode(nn.Module):
 
     Args:
         model: the reference.
-        cut_rows: whether the last block leaves out what it would make of the context.
+        fused_attention: whether attention is for one kernel with its cache, [R, H, S + 1, d]. Else
+            a cache is [R, S + 1, D], and the last block leaves out what it would make of the
+            context.
     """
 
-    def __init__(self, model: LPD, cut_rows: bool = False) -> None:
+    def __init__(self, model: LPD, fused_attention: bool = True) -> None:
         super().__init__()
-        self.cut_rows = cut_rows
+        self.fused_attention = fused_attention
         self.config = model.config
         self.embedding = nn.Parameter(
             torch.cat([model.token_emb.weight, model.class_emb.weight, model.fake_latent]),
@@ -129,7 +153,7 @@ class Decode(nn.Module):
         self.mask_token = model.mask_token
         self.pos_embed = nn.Parameter(model.pos_embed[0], requires_grad=False)
         self.z_proj_ln = model.z_proj_ln
-        self.blocks = nn.ModuleList(map(DecodeBlock, model.blocks))
+        self.blocks = nn.ModuleList(DecodeBlock(block, fused_attention) for block in model.blocks)
         self.norm = model.norm
         self.head = Projection.of(model.head)
 
@@ -149,7 +173,7 @@ class Decode(nn.Module):
             positions: [R, T] int64, context then queries; 0 is the condition, i + 1 is cell i.
             attention_mask: [T, S + 1], 0 or a large negative number.
             write_index: [R] int64, the first cache row written.
-            past_keys, past_values: a layer each, [R, H, S + 1, d].
+            past_keys, past_values: a layer each, [R, H, S + 1, d] or [R, S + 1, D].
 
         Returns:
             logits [R, Q, V], and present keys and values shaped as the past ones.
@@ -160,13 +184,13 @@ class Decode(nn.Module):
         x = torch.cat([context, queries], dim=1) + F.embedding(positions, self.pos_embed)
         x = self.z_proj_ln(x)
         keys, values = [], []
-        last = self.blocks[-1] if self.cut_rows else None
+        last = None if self.fused_attention else self.blocks[-1]
         for block, past_key, past_value in zip(self.blocks, past_keys, past_values, strict=True):
             cut = context_tokens if block is last else None
             x, key, value = block(x, attention_mask, write_index, past_key, past_value, cut)
             keys.append(key)
             values.append(value)
-        queries = x if self.cut_rows else x[:, context_tokens:]
+        queries = x[:, context_tokens:] if self.fused_attention else x
         return self.head(self.norm(queries)), keys, values
 
 

@@ -13,34 +13,50 @@ import onnx_ir as ir
 from lpd_export.graphs import contract
 
 END = "written_rows"
-"""The value [1] int64 that says how many rows are written once a step's are."""
+"""The scalar int64 that says how many rows are written once a step's are."""
+CUT = "/written"
+"""How the names of nodes end that give what is written of a value."""
 
 
 def cut_to_written_rows(decode: ir.Model) -> None:
     """Has attention read keys, values and mask up to the last row that the step writes.
 
-    What is cut off was masked: nothing changes but the order of sums in kernels that split rows.
+    Caches are [R, S + 1, D]. What is cut off was masked: nothing changes but the order of sums in
+    kernels that split rows.
     """
     graph = decode.graph
     inputs = {value.name: value for value in graph.inputs}
-    first = ir.node("ReduceMax", [inputs[contract.WRITE_INDEX]], {"keepdims": 1})
-    tokens = ir.node("Shape", [inputs[contract.POSITIONS]], {"start": 1, "end": 2})
+    zero, one = (_constant(graph, name, number) for name, number in (("start", 0), ("step", 1)))
+    first = ir.node("ReduceMax", [inputs[contract.WRITE_INDEX]], {"keepdims": 0})
+    shape = ir.node("Shape", [inputs[contract.POSITIONS]], {"start": 1, "end": 2})
+    tokens = ir.node("Squeeze", shape.outputs)
     end = ir.node("Add", [first.outputs[0], tokens.outputs[0]])
     end.outputs[0].name = END
-    _describe(end.outputs[0], ir.DataType.INT64, [1])
-    for node in (first, tokens, end):
+    _describe(end.outputs[0], ir.DataType.INT64, [])
+    rows = ir.node("Range", [zero, end.outputs[0], one])
+    _describe(rows.outputs[0], ir.DataType.INT64, [None])
+    made = [first, shape, tokens, end, rows]
+    for node in made:
         node.name = f"{END}/{node.op_type}"
-    graph.insert_before(graph[0], [first, tokens, end])
-    cuts: dict[ir.Value, ir.Value] = {}
+    graph.insert_before(graph[0], made)
+    mask = inputs[contract.ATTENTION_MASK]
+    uses = list(mask.uses())
+    cut = _cut(mask, rows.outputs[0])
+    graph.insert_after(rows, cut)
+    for node, place in uses:
+        node.replace_input_with(place, cut.outputs[0])
     for node in [node for node in graph if node.op_type == "Attention"]:
-        for place, axis in ((1, 2), (2, 2), (3, 1)):
-            value = node.inputs[place]
-            assert value is not None
-            if value not in cuts:
-                cut = _slice(graph, value, axis, end.outputs[0])
-                graph.insert_before(node, cut)
-                cuts[value] = cut.outputs[0]
-            node.replace_input_with(place, cuts[value])
+        for place in (1, 2):
+            cache = node.inputs[place]
+            assert cache is not None
+            cut = _cut(cache, rows.outputs[0])
+            graph.insert_before(node, cut)
+            node.replace_input_with(place, cut.outputs[0])
+
+
+def is_cut(node: ir.Node) -> bool:
+    """Whether a node gives what is written of a value."""
+    return str(node.name).endswith(CUT)
 
 
 def fix_written_rows(decode: ir.Model, rows: int) -> None:
@@ -56,14 +72,13 @@ def fix_written_rows(decode: ir.Model, rows: int) -> None:
             node.replace_input_with(place, fixed)
 
 
-def _slice(graph: ir.Graph, value: ir.Value, axis: int, end: ir.Value) -> ir.Node:
-    """A node that gives a value up to an end on an axis."""
-    cut = ir.node(
-        "Slice", [value, _constant(graph, "start", 0), end, _constant(graph, f"axis_{axis}", axis)]
-    )
-    cut.name = cut.outputs[0].name = f"{value.name}/written"
+def _cut(value: ir.Value, rows: ir.Value) -> ir.Node:
+    """A node that gives rows of a value, on its axis 1."""
+    # A Slice would give the same, but one thread of ONNX Runtime's would copy.
+    cut = ir.node("Gather", [value, rows], {"axis": 1})
+    cut.name = cut.outputs[0].name = f"{value.name}{CUT}"
     assert value.shape is not None
-    _describe(cut.outputs[0], value.dtype, [*value.shape[:axis], None, *value.shape[axis + 1 :]])
+    _describe(cut.outputs[0], value.dtype, [value.shape[0], None, *value.shape[2:]])
     return cut
 
 
@@ -75,11 +90,11 @@ def _describe(
 
 
 def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
-    """The initializer [1] int64 of this name and value."""
+    """The scalar initializer, int64, of this name and value."""
     name = f"{END}/{name}"
     if name not in graph.initializers:
-        tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=name)
+        tensor = ir.tensor(number, dtype=ir.DataType.INT64, name=name)
         value = ir.Value(name=name, const_value=tensor)
-        _describe(value, tensor.dtype, [1])
+        _describe(value, tensor.dtype, [])
         graph.register_initializer(value)
     return graph.initializers[name]

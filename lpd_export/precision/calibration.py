@@ -26,6 +26,7 @@ from lpd_export.bundle.manifest import GRAPH_NAMES, Manifest
 from lpd_export.formats import Quantization
 from lpd_export.graphs import export
 from lpd_export.graphs.contract import LOGITS
+from lpd_export.graphs.written_rows import is_cut
 from lpd_export.precision.convolutions import Span, best_span, convolution_values, samples_of
 from lpd_export.precision.equalization import balances, best_scale
 from lpd_export.precision.quantization import CLIPPING, Layer, quantizable_layers, simulate_layer
@@ -146,7 +147,7 @@ def largest_magnitudes(model: ir.Model) -> dict[str, ir.Value]:
     as large as its type allows.
     """
     graph, scalars = model.graph, {}
-    nodes = [node for node in graph if node.op_type != "Slice"]
+    nodes = [node for node in graph if node.op_type != "Slice" and not is_cut(node)]
     values = [value for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT]
     for value in values:
         magnitude = ir.node("Abs", [value])

@@ -62,6 +62,7 @@ class Generator:
     Args:
         executor: of the bundle's graphs.
         model: whose graphs they are.
+        cache_shape: of one row's keys or values in them.
         resolution: pixels of an image's side.
         phases: one a step (`schedule.phase_table`).
         mutual_visibility: whether the queries of a step see one another.
@@ -71,13 +72,14 @@ class Generator:
         self,
         executor: Executor,
         model: ModelDescription,
+        cache_shape: Sequence[int],
         resolution: int,
         phases: Sequence[Phase],
         mutual_visibility: bool = True,
     ) -> None:
         self._executor = executor
         self._mutual_visibility = mutual_visibility
-        self._model, self._resolution = model, resolution
+        self._model, self._cache_shape, self._resolution = model, cache_shape, resolution
         self._phases = phases
         self._batch: Batch | None = None
         # Not the batch's own: a recording holds the batch, and the two would outlive their use.
@@ -173,6 +175,7 @@ class Generator:
             self._batch = Batch(
                 self._executor,
                 self._model,
+                self._cache_shape,
                 self._phases,
                 size,
                 guided,
@@ -201,6 +204,7 @@ class Batch:
         self,
         executor: Executor,
         model: ModelDescription,
+        cache_shape: Sequence[int],
         phases: Sequence[Phase],
         size: int,
         guided: bool,
@@ -225,9 +229,8 @@ class Batch:
         self._drawn = integers(size, cells)  # likewise
         self.finite = arrays.zeros((size, cells), "bool")  # likewise
         self.token_ids = integers(size, cells)
-        cache_shape = (rows, model.heads, cells + 1, model.head_dim)
         self._caches = {
-            f"{kind}_{layer}": arrays.zeros(cache_shape, executor.float_type)
+            f"{kind}_{layer}": arrays.zeros((rows, *cache_shape), executor.float_type)
             for kind in ("key", "value")
             for layer in range(model.depth)
         }

@@ -15,8 +15,13 @@ from typing import Any
 import onnxruntime
 
 from lpd_export.errors import UserError
+from lpd_export.runtime.arrays import HOST
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {HOST: "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+QUANTIZED = b"QuantizeLinear"
+"""What the file of a graph has in it whose products are computed in INT8."""
+FOLDER = "session.model_external_initializers_file_folder_path"
+"""The setting that says where the weights of a graph are that is not loaded from a file."""
 
 
 def allowed_cores() -> int:
@@ -70,7 +75,13 @@ def load_session(
         UserError: if this version of ONNX Runtime cannot run the file, or it is damaged.
     """
     try:
-        session = onnxruntime.InferenceSession(file, options, providers=[provider])
+        graph: Path | bytes = file
+        if provider[0] == PROVIDERS[HOST] and QUANTIZED in (content := file.read_bytes()):
+            from lpd_export.runtime.onnxruntime_fusion import fuse_biases  # imports onnx
+
+            graph = fuse_biases(content)
+            options.add_session_config_entry(FOLDER, str(file.parent))
+        session = onnxruntime.InferenceSession(graph, options, providers=[provider])
     except Exception as error:  # its errors have no common base but Exception
         reason = str(error).splitlines()[0]
         raise UserError(

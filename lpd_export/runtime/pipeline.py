@@ -425,6 +425,7 @@ class Pipeline:
             self._generators[key] = Generator(
                 self._executor,
                 self.manifest.model,
+                self.manifest.cache_shape,
                 self.manifest.resolution,
                 phases,
                 self._mutual_visibility,
@@ -439,7 +440,13 @@ class Pipeline:
         """
         phases = phase_table((schedule or self._schedule).group_sizes)
         return Batch(
-            self._executor, self.manifest.model, phases, images, guided, self._mutual_visibility
+            self._executor,
+            self.manifest.model,
+            self.manifest.cache_shape,
+            phases,
+            images,
+            guided,
+            self._mutual_visibility,
         ).steps
 
     def teacher_forced_logits(self, images: Sequence[GeneratedImage]) -> NDArray[np.float32]:
@@ -490,6 +497,7 @@ class Pipeline:
         return teacher_forcing.forced_logits(
             self._executor,
             self.manifest.model,
+            self.manifest.cache_shape,
             phase_table((schedule or self._schedule).group_sizes),
             token_ids,
             labels,

@@ -20,6 +20,7 @@ from lpd_export.schedule.phases import Phase
 def forced_logits(
     executor: Executor,
     model: ModelDescription,
+    cache_shape: Sequence[int],
     phases: Sequence[Phase],
     token_ids: NDArray[np.int64],
     labels: Sequence[int | None],
@@ -37,7 +38,7 @@ def forced_logits(
     scale = SamplingRows.of(samplings, model.cells, model.vocab_size).scale
     arrays, logits = executor.arrays, []
     with executor.stream():
-        batch = Batch(executor, model, phases, len(labels), guided, mutual_visibility)
+        batch = Batch(executor, model, cache_shape, phases, len(labels), guided, mutual_visibility)
         for step in batch.steps:
             first, last = step.phase.write_index, step.phase.write_index + step.phase.tokens
             step.token_ids[...] = arrays.put(context[:, first : first + step.phase.context])

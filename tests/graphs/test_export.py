@@ -14,7 +14,13 @@ from torch import Tensor
 import golden
 from damage import randomize
 from lpd_export.graphs import contract, export
-from lpd_export.graphs.modules import Decode, Detokenize, Tokenize, tensor_scatter
+from lpd_export.graphs.modules import (
+    Decode,
+    Detokenize,
+    Tokenize,
+    attention,
+    tensor_scatter,
+)
 from lpd_export.schedule.phases import attention_mask, phase_table
 from lpd_reference import LPD, LPDConfig, VQTokenizer
 
@@ -127,14 +133,28 @@ def test_tokenizer_graphs_reproduce_the_golden_images() -> None:
 
 def test_tensor_scatter_replaces_the_rows_of_each_row() -> None:
     generator = torch.Generator().manual_seed(0)
-    cache = torch.randn(3, 2, 7, 4, generator=generator)
-    update = torch.randn(3, 2, 2, 4, generator=generator)
     write_index = torch.tensor([0, 5, 2])
-    expected = cache.clone()
-    for row, index in enumerate(write_index.tolist()):
-        expected[row, :, index : index + 2] = update[row]
-    assert tensor_scatter(cache, update, write_index).equal(expected)
-    torch.library.opcheck(tensor_scatter, (cache, update, write_index))
+    for heads in ((2,), ()):
+        cache = torch.randn(3, *heads, 7, 4, generator=generator)
+        update = torch.randn(3, *heads, 2, 4, generator=generator)
+        expected = cache.clone()
+        for row, index in enumerate(write_index.tolist()):
+            expected[row, ..., index : index + 2, :] = update[row]
+        assert tensor_scatter(cache, update, write_index).equal(expected)
+        torch.library.opcheck(tensor_scatter, (cache, update, write_index))
+
+
+def test_attention_beside_one_another_is_that_of_heads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, *rest = (torch.randn(3, rows, 12, generator=generator) for rows in (5, 7, 7))
+    mask = torch.zeros(5, 7).masked_fill(torch.ones(5, 7).triu(3).bool(), MASKED)
+    mixed = attention(query, *rest, mask, 3)
+    for row in range(3):
+        for head in range(3):
+            q, k, v = (x[row, :, 4 * head : 4 * head + 4] for x in (query, *rest))
+            expected = torch.softmax(q @ k.T / 2 + mask, dim=-1) @ v
+            torch.testing.assert_close(mixed[row, :, 4 * head : 4 * head + 4], expected)
+    torch.library.opcheck(attention, (query, *rest, mask, 3))
 
 
 # ------------------------------------------------------------------------------- onnx files
@@ -253,20 +273,23 @@ def test_each_static_phase_equals_the_dynamic_graph_on_its_own(
         torch.testing.assert_close(static["logits"], eager_logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cut_rows", [False, True])
+@pytest.mark.parametrize("fused_attention", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 def test_every_block_has_its_own_weights_and_caches(
-    tmp_path: Path, depth: int, cut_rows: bool
+    tmp_path: Path, depth: int, fused_attention: bool
 ) -> None:
     """Three are traced, whatever the depth; what the last one leaves out is not missed."""
     model = LPD(LPDConfig(dim=64, depth=depth, heads=2, grid=3, num_classes=2, vocab_size=8))
     randomize(model, torch.Generator().manual_seed(0))
-    export.write_models({"decode": export.export_decode(model, cut_rows)}, tmp_path)
-    inputs = golden.step_inputs(model, [1, 3, 5], rows=2, number=1)
+    export.write_models({"decode": export.export_decode(model, fused_attention)}, tmp_path)
+    inputs = golden.step_inputs(model, [1, 3, 5], 2, 1, fused_attention)
     caches = list(inputs.values())[4:]
-    logits, keys, values = Decode(model)(*list(inputs.values())[:4], caches[:depth], caches[depth:])
+    graph = Decode(model, fused_attention)
+    logits, keys, values = graph(*list(inputs.values())[:4], caches[:depth], caches[depth:])
     outputs = run_onnx(tmp_path / "decode.onnx", inputs)
     assert list(outputs) == ["logits", *contract.cache_names("present", depth)]
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "decode.onnx").graph.node)
+    assert operators["Transpose"] == (4 * depth if fused_attention else 0)
     for actual, expected in zip(outputs.values(), (logits, *keys, *values), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 

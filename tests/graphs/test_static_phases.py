@@ -26,7 +26,7 @@ def test_each_phase_of_the_demo_runs_alone(demo_bundle: Path) -> None:
         return session.run(None, inputs)
 
     for phase in manifest.phases:
-        tensors = step_inputs(model, sizes, rows=2, number=phase.index)
+        tensors = step_inputs(model, sizes, 2, phase.index, fused_attention=False)
         inputs = {name: tensor.numpy() for name, tensor in tensors.items()}
         for dynamic, static in zip(run("decode", inputs), run(phase.name, inputs), strict=True):
             assert np.isfinite(static).all()

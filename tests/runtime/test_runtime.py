@@ -64,7 +64,9 @@ def make_generator(
     export.write_models(models, folder)
     executor = OnnxRuntimeExecutor({name: folder / f"{name}.onnx" for name in models})
     resolution = config.grid * tokenizer.config.stride
-    return Generator(executor, described(ModelDescription, config), resolution, phase_table(sizes))
+    of_row = contract.cache_shape(config.heads, config.cells, config.head_dim, True)
+    described_model = described(ModelDescription, config)
+    return Generator(executor, described_model, of_row, resolution, phase_table(sizes))
 
 
 @pytest.fixture(scope="module")
