@@ -14,6 +14,7 @@ from onnx import helper
 
 DOMAIN = "com.microsoft"
 """Of ONNX Runtime's own operators."""
+INTEGERS = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 
 def fuse_biases(content: bytes) -> bytes:
@@ -74,8 +75,10 @@ def _axes(tensor: onnx.TensorProto | None) -> int | None:
 
 
 def _is_weight(dequantize: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
-    """Whether levels are a constant matrix with one scale, or one for each column."""
+    """Whether integer levels are a constant matrix with one scale, or one for each column."""
     levels, scale = (constants.get(name) for name in dequantize.input[:2])
+    if levels is None or levels.data_type not in INTEGERS:
+        return False
     attributes = {attribute.name: attribute.i for attribute in dequantize.attribute}
     by_column = attributes.get("axis", 1) in (1, -1) and not attributes.get("block_size")
     return _axes(levels) == 2 and (_axes(scale) == 0 or (_axes(scale) == 1 and by_column))

@@ -14,6 +14,7 @@ import pytest
 
 from commandline import answer, entries, mistake
 from lpd_export.bundle.manifest import (
+    FORMAT_VERSION,
     MANIFEST,
     SCHEDULE,
     Bundle,
@@ -178,7 +179,18 @@ def test_every_byte_of_the_manifest_counts(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "3", '"x"', "{}", '{"format_version": 1}', "[" * 10**5, "\udcff"]
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "3",
+        '"x"',
+        "{}",
+        f'{{"format_version": {FORMAT_VERSION}}}',
+        "[" * 10**5,
+        "\udcff",
+    ],
 )
 def test_what_is_no_manifest(bundle: Path, text: str) -> None:
     (bundle / MANIFEST).write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -188,9 +200,10 @@ def test_what_is_no_manifest(bundle: Path, text: str) -> None:
 
 
 def test_a_bundle_of_another_format(bundle: Path) -> None:
-    for version, advice in ((2, "update lpd-export"), (0, "build the bundle again")):
+    now = FORMAT_VERSION
+    for version, advice in ((now + 1, "update lpd-export"), (now - 1, "build the bundle again")):
         said = edited(bundle, lambda values, v=version: values.update(format_version=v))
-        assert f"has bundle format {version}, this lpd-export reads format 1: {advice}" in said
+        assert f"has bundle format {version}, this lpd-export reads format {now}: {advice}" in said
 
 
 def test_a_schedule_of_other_phases(bundle: Path) -> None:

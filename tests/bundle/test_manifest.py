@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from commandline import answer, sentence
-from lpd_export.bundle.manifest import CHECKSUM, MANIFEST, Bundle, checksum
+from lpd_export.bundle.manifest import CHECKSUM, FORMAT_VERSION, MANIFEST, Bundle, checksum
 from lpd_export.errors import UserError
 
 WRONG: tuple[Any, ...] = (
@@ -123,7 +123,7 @@ def test_every_mutated_manifest_gives_a_result_or_a_sentence(bundle: Path, tmp_p
 def test_the_sentence_names_the_entry(bundle: Path, keys: Keys, value: Any, told: str) -> None:
     sign(bundle, changed(read(bundle), keys, lambda parent, key: parent.__setitem__(key, value)))
     said = sentence(answer("inspect", bundle))
-    assert said.startswith(f"{bundle / MANIFEST} is no manifest of bundle format 1")
+    assert said.startswith(f"{bundle / MANIFEST} is no manifest of bundle format {FORMAT_VERSION}")
     assert told in said
     assert said.endswith("build the bundle again")
 

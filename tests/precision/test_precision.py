@@ -21,11 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lpd_export.build.build
+from conftest import EMOJI_RECIPE
 from lpd_export import Pipeline, UserError
-from lpd_export.build.build import build
-from lpd_export.build.request import BuildRequest
+from lpd_export.build.build import build, write_exact_graphs
+from lpd_export.build.request import BuildRequest, read_recipe
+from lpd_export.build.settings import load as load_weights
 from lpd_export.bundle.manifest import GRAPH_NAMES, Bundle, CalibrationRecord
-from lpd_export.formats import BFLOAT16, FLOAT16, INT8, PRECISIONS
+from lpd_export.formats import BACKENDS, BFLOAT16, FLOAT16, INT8, PRECISIONS
 from lpd_export.graphs import export
 from lpd_export.precision import quantization, writer
 from lpd_export.precision.calibration import (
@@ -460,7 +462,13 @@ def test_layers_are_chosen_on_what_is_shipped(
     """
     bundle = Bundle.open(emoji_bundle)
     manifest = dataclasses.replace(bundle.manifest, precision="int8", backend=backend)
-    chooser = Chooser(emoji_bundle / "onnx", tmp_path, manifest, bundle.schedule())
+    graphs, scratch = tmp_path / "exact", tmp_path / "scratch"
+    scratch.mkdir()
+    request = BuildRequest(**read_recipe(EMOJI_RECIPE))
+    told: list[str] = []
+    source = load_weights(request, told.append)
+    write_exact_graphs(graphs, source, BACKENDS[backend], told.append)
+    chooser = Chooser(graphs, scratch, manifest, bundle.schedule())
     for graph in ("decode", "detokenize"):
         ranges, decision = chooser.keep(graph, {}, [])
         assert ranges == {}

@@ -103,6 +103,15 @@ def scales_of_rows(values: Arrays) -> bytes:
     return product(values | scales, axis=0)
 
 
+def levels_of_float8(values: Arrays) -> bytes:
+    model = onnx.load_model_from_string(product(values))
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            tensor.data_type = onnx.TensorProto.FLOAT8E4M3FN
+    content: bytes = model.SerializeToString()
+    return content
+
+
 def weights_that_come_in(values: Arrays) -> bytes:
     model = onnx.load_model_from_string(product(values))
     (w,) = (tensor for tensor in model.graph.initializer if tensor.name == "w")
@@ -113,7 +122,8 @@ def weights_that_come_in(values: Arrays) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "make", [bias_of_rows, product_used_twice, scales_of_rows, weights_that_come_in]
+    "make",
+    [bias_of_rows, product_used_twice, scales_of_rows, levels_of_float8, weights_that_come_in],
 )
 def test_what_is_no_such_product_stays(make: Callable[[Arrays], bytes]) -> None:
     content = make(constants(0))
