@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lpd_export.build.build
-from conftest import EMOJI_RECIPE
 from lpd_export import Pipeline, UserError
 from lpd_export.build.build import build, write_exact_graphs
 from lpd_export.build.request import BuildRequest, read_recipe
@@ -464,7 +463,8 @@ def test_layers_are_chosen_on_what_is_shipped(
     manifest = dataclasses.replace(bundle.manifest, precision="int8", backend=backend)
     graphs, scratch = tmp_path / "exact", tmp_path / "scratch"
     scratch.mkdir()
-    request = BuildRequest(**read_recipe(EMOJI_RECIPE))
+    recipe = Path(__file__).parents[1] / "data" / "lpd-emoji32" / "recipe.toml"
+    request = BuildRequest(**read_recipe(recipe))
     told: list[str] = []
     source = load_weights(request, told.append)
     write_exact_graphs(graphs, source, BACKENDS[backend], told.append)
