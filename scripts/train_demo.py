@@ -1,14 +1,14 @@
 """Makes lpd-emoji from nothing: its images, tokenizer, LPD and classifier, each where it left off.
 
     python scripts/train_demo.py
-    OMP_NUM_THREADS=1 nice -n 19 python scripts/train_demo.py --runs ~/runs/emoji-artwork
+    nice -n 19 python scripts/train_demo.py --runs ~/runs/emoji-artwork
 
-It takes a day on two CPU cores. It can be stopped or killed at any time: the same command
-goes on from the last checkpoint of what was being trained, a few minutes back. What is finished is
-not done again. The folder of --runs then holds, beside the runs, tokenizer.safetensors,
-lpd.safetensors and classifier.safetensors, and three small LPDs to compare: small.safetensors,
-small-raster.safetensors, which was trained for raster order, and small-alone.safetensors, whose
-queries cannot see one another.
+It takes up to a day on two CPU cores; OMP_NUM_THREADS=1 would leave it one. It can be stopped or
+killed at any time: the same command goes on from the last checkpoint of what was being trained, a
+few minutes back. What is finished is not done again. The folder of --runs then holds, beside the
+runs, tokenizer.safetensors, lpd.safetensors and classifier.safetensors, and three small LPDs to
+compare: small.safetensors, small-raster.safetensors, which was trained for raster order, and
+small-alone.safetensors, whose queries cannot see one another.
 """
 
 from __future__ import annotations

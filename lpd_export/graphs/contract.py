@@ -1,7 +1,7 @@
-"""What goes into the graphs and comes out: the names of tensors and of their dynamic axes.
+"""What goes into the graphs and comes out: names of tensors and dynamic axes, and a cache's shape.
 
-Written once for those who export, bind, compile and change graphs. Knows no framework; shapes and
-types are in the docs of `modules`, whose forward passes take and return these tensors in this
+Written once for those who export, bind, compile and change graphs. Knows no framework; other shapes
+and types are in the docs of `modules`, whose forward passes take and return these tensors in this
 order. The two sides that `accuracy` compares build their inputs by themselves.
 """
 

@@ -77,7 +77,8 @@ def load_session(
     try:
         graph: Path | bytes = file
         if provider[0] == PROVIDERS[HOST] and QUANTIZED in (content := file.read_bytes()):
-            from lpd_export.runtime.onnxruntime_fusion import fuse_biases  # imports onnx
+            # Imports onnx, for which other graphs need not wait.
+            from lpd_export.runtime.onnxruntime_fusion import fuse_biases
 
             graph = fuse_biases(content)
             options.add_session_config_entry(FOLDER, str(file.parent))
