@@ -2,6 +2,7 @@
 
     python scripts/train_demo.py
     nice -n 19 python scripts/train_demo.py --runs ~/runs/emoji-artwork
+    python scripts/train_demo.py --tokenizer vq.safetensors    # on one that is trained already
 
 It takes up to a day on two CPU cores; OMP_NUM_THREADS=1 would leave it one. It can be stopped or
 killed at any time: the same command goes on from the last checkpoint of what was being trained, a
@@ -63,19 +64,25 @@ LPDS = {
     help="The folder of the runs and of the weights.",
 )
 @click.option("--tarballs", type=click.Path(path_type=Path), help="As prepare_artwork.py takes it.")
-def main(data: Path, runs: Path, tarballs: Path | None) -> None:
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Weights to train LPDs on; by default those of a tokenizer that is trained first.",
+)
+def main(data: Path, runs: Path, tarballs: Path | None, tokenizer: Path | None) -> None:
     """Makes lpd-emoji from nothing, or goes on with it."""
     if not data.exists():
         given = [] if tarballs is None else [f"--tarballs={tarballs}"]
         call(prepare_artwork.main, f"--out={data}", *given)
-    tokenizer, weights = f"--run={runs / 'tokenizer'}", runs / "tokenizer.safetensors"
-    call(train_tokenizer.main, data, tokenizer, *TOKENIZER)
-    call(train_tokenizer.main, data, tokenizer, f"--export={weights}")
+    if tokenizer is None:
+        run, tokenizer = f"--run={runs / 'tokenizer'}", runs / "tokenizer.safetensors"
+        call(train_tokenizer.main, data, run, *TOKENIZER)
+        call(train_tokenizer.main, data, run, f"--export={tokenizer}")
     run, out = f"--run={runs / 'classifier'}", f"--out={runs / 'classifier.safetensors'}"
     call(train_classifier.main, data, run, out, *CLASSIFIER)
     for name, options in LPDS.items():
         run = f"--run={runs / name}"
-        call(train_lpd.main, data, run, f"--tokenizer={weights}", *options)
+        call(train_lpd.main, data, run, f"--tokenizer={tokenizer}", *options)
         call(train_lpd.main, data, run, f"--export={runs / name}.safetensors")
 
 

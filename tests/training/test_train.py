@@ -619,6 +619,14 @@ def test_the_demo_is_made_from_nothing_and_gone_on_with(
     torch.testing.assert_close(contents(), first, rtol=0, atol=0)
     assert (tmp_path / "tokenizer" / CHECKPOINT).stat().st_mtime_ns == written
 
+    # On the same tokenizer, but without its run.
+    other = tmp_path / "other"
+    given = f"--tokenizer={tmp_path / 'tokenizer.safetensors'}"
+    assert CliRunner().invoke(demo.main, [*arguments[:1], f"--runs={other}", given]).exit_code == 0
+    assert not list(other.glob("tokenizer*"))
+    again = load_file(other / "lpd.safetensors")
+    torch.testing.assert_close(again, load_file(tmp_path / "lpd.safetensors"), rtol=0, atol=0)
+
 
 @pytest.mark.parametrize(
     ("device", "asked", "expected"),
