@@ -38,9 +38,9 @@ TOKENIZER = (
     "--validate-every=1000",
 )
 CLASSIFIER = ("--steps=2000",)
-SMALL = ("--steps=8000", "--dim=256", "--depth=4", "--heads=4", "--patience=6")
+SMALL = ("--steps=6000", "--dim=256", "--depth=4", "--heads=4", "--patience=6")
 LPDS = {
-    "lpd": ("--steps=20000", "--dim=256", "--depth=9", "--heads=4", "--patience=6"),
+    "lpd": ("--steps=14000", "--dim=256", "--depth=9", "--heads=4", "--patience=6"),
     "small": SMALL,
     "small-raster": (*SMALL, "--orders=raster:1", "--schedules=256:1"),
     "small-alone": (*SMALL, "--each-query-alone"),

@@ -147,6 +147,37 @@ def test_mistakes_are_answered_in_one_sentence(
     assert mistake("--force").startswith(f"{out} was not made by this script, it holds thesis.txt")
 
 
+def test_ctrl_c_leaves_nothing(
+    script: ModuleType, tarballs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(svg: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "render", interrupt)
+    said = prepare(script, "--tarballs", tarballs, "--out", tmp_path / "artwork")
+    assert said.exit_code == 130
+    assert [*tmp_path.iterdir()] == [tarballs]
+
+
+def test_a_failure_keeps_what_was_there(
+    script: ModuleType, tarballs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "artwork"
+    arguments = ("--tarballs", tarballs, "--out", out)
+    assert prepare(script, *arguments).exit_code == 0
+
+    def disk_full(svg: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "render", disk_full)
+    said = prepare(script, *arguments, "--force")
+    assert said.exit_code == 2
+    sentence = said.stderr.splitlines()[-1]
+    assert sentence == f"prepare_artwork: error: cannot write {out}: No space left on device"
+    assert list(out.glob("train/heart/*.png"))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_packages_are_addressed_as_the_registry_does(script: ModuleType) -> None:
     package = script.SETS[2].package
     assert package.tarball == "iconify-json-noto-1.2.9.tgz"

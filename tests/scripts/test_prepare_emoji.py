@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.server
 import importlib.util
 import io
 import json
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,9 +21,6 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-
-from lpd_export.errors import UserError
-from training.npm import download
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_emoji.py"
 RED = (214, 30, 84, 255)
@@ -329,47 +323,3 @@ def test_ctrl_c_leaves_nothing(
     said = prepare(script, "--tarballs", tarballs, "--out", tmp_path / "emoji")
     assert said.exit_code == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tarballs"]
-
-
-# ----------------------------------------------------------------------------------- download
-
-
-def test_download_from_the_registry_of_the_environment(
-    script: ModuleType, tarballs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry = tmp_path / "registry"
-    for package in script.PACKAGES:
-        folder = registry / package.name / "-"
-        folder.mkdir(parents=True)
-        (tarballs / package.tarball).rename(folder / package.tarball)
-    handler = partial(Quiet, directory=str(registry))
-    monkeypatch.setattr(script.shutil, "which", lambda name: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_port}/")
-        out = tmp_path / "emoji"
-        said = prepare(script, "--out", out)
-        assert said.exit_code == 0, said.output
-        assert list(out.glob("train/heart/*.png"))
-        (registry / script.PACKAGES[0].name / "-" / script.PACKAGES[0].tarball).unlink()
-        with pytest.raises(UserError, match=r"cannot fetch .*404.*--tarballs"):
-            download(script.PACKAGES[0].published, tmp_path)
-        server.shutdown()
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-def test_what_npm_says_is_passed_on(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    npm = tmp_path / "npm"
-    npm.write_text('#!/bin/sh\necho "npm warn old" >&2; echo "npm error code E404" >&2; exit 1\n')
-    npm.chmod(0o755)
-    monkeypatch.setattr(script.shutil, "which", lambda name: str(npm))
-    sentence = mistake_last(prepare(script, "--out", tmp_path / "emoji"))
-    assert "emoji-datasource-google-16.0.0.tgz with npm (code E404); fetch it" in sentence
-    assert not (tmp_path / "emoji").exists()
