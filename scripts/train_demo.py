@@ -25,7 +25,7 @@ import train_lpd
 import train_tokenizer
 
 TOKENIZER = (
-    "--steps=40000",
+    "--steps=46000",
     "--batch-size=8",
     "--learning-rate=8e-4",
     "--warmup-steps=200",

@@ -25,10 +25,13 @@ from lpd_export.evaluation.request import CLASSIFIER, STATISTICS, EvaluateReques
 from lpd_export.evaluation.statistics import read_statistics
 from lpd_export.files import sha256
 from lpd_export.runtime.requests import GeneratedImage
+from lpd_reference import load_tokenizer
 from training.data import to_signed
+from training.tokenizer import psnr, reconstruct
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "lpd-emoji"
+NEXT = ROOT / "models" / "emoji-tokenizer"
 CARD = MODEL / "README.md"
 README = ROOT / "README.md"
 CLAIMS_PAGE = ROOT / "docs" / "claims.md"
@@ -128,12 +131,36 @@ def test_the_card_repeats_what_the_weights_say() -> None:
         assert f"{int(header['step'])} steps" in text
 
 
+def test_the_next_tokenizer_is_sharper() -> None:
+    with safe_open(NEXT / "vq.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert float(header["validation_psnr"]) >= 30
+    card = (NEXT / "README.md").read_text("utf-8")
+    assert f"{float(header['validation_psnr']):.2f} dB" in card
+    assert f"{int(header['step'])} steps" in card
+    pixels = np.full((1, 64, 64, 3), 255, np.uint8)
+    pixels[:, 12:52, 8:33] = (214, 30, 84)
+    pixels[:, 26:40, 25:57] = (40, 90, 200)
+    drawn = torch.from_numpy(pixels)
+    before, after = (
+        psnr(reconstruct(load_tokenizer(folder / "vq.safetensors"), drawn), to_signed(drawn))
+        for folder in (MODEL, NEXT)
+    )
+    assert float(after) > float(before)
+
+
 def test_licences_are_beside_the_weights() -> None:
     text = (MODEL / "licences.md").read_text("utf-8")
     for words in ("Apache License 2.0", "CC BY 4.0", "MIT License", "Google LLC", "Twitter, Inc."):
         assert words in text
     assert "licences.md" in CARD.read_text("utf-8")
-    assert "models/lpd-emoji/licences.md" in (ROOT / "NOTICE").read_text("utf-8")
+    notice = (ROOT / "NOTICE").read_text("utf-8")
+    assert "models/lpd-emoji/licences.md" in notice
+    of_next = (NEXT / "licences.md").read_text("utf-8")
+    for words in ("Microsoft", "Google LLC", "Twitter, Inc.", "Ranks.com Inc.", "CC BY 4.0"):
+        assert words in of_next
+        assert words in notice
+    assert "models/emoji-tokenizer/licences.md" in notice
 
 
 def test_pictures_of_the_readme_are_there() -> None:
