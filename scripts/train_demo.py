@@ -4,12 +4,12 @@
     nice -n 19 python scripts/train_demo.py --runs ~/runs/emoji-artwork
     python scripts/train_demo.py --tokenizer vq.safetensors    # on one that is trained already
 
-It takes up to a day on two CPU cores; OMP_NUM_THREADS=1 would leave it one. It can be stopped or
-killed at any time: the same command goes on from the last checkpoint of what was being trained, a
-few minutes back. What is finished is not done again. The folder of --runs then holds, beside the
-runs, tokenizer.safetensors, lpd.safetensors and classifier.safetensors, and three small LPDs to
-compare: small.safetensors, small-raster.safetensors, which was trained for raster order, and
-small-alone.safetensors, whose queries cannot see one another.
+It takes ten hours to a day on two CPU cores; OMP_NUM_THREADS=1 would leave it one. It can be
+stopped or killed at any time: the same command goes on from the last checkpoint of what was being
+trained, a few minutes back. What is finished is not done again. The folder of --runs then holds,
+beside the runs, tokenizer.safetensors, lpd.safetensors and classifier.safetensors, and three
+small LPDs to compare: small.safetensors, small-raster.safetensors, which was trained for raster
+order, and small-alone.safetensors, whose queries cannot see one another.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def main(data: Path, runs: Path, tarballs: Path | None, tokenizer: Path | None) 
         run, tokenizer = f"--run={runs / 'tokenizer'}", runs / "tokenizer.safetensors"
         call(train_tokenizer.main, data, run, *TOKENIZER)
         call(train_tokenizer.main, data, run, f"--export={tokenizer}")
-    run, out = f"--run={runs / 'classifier'}", f"--out={runs / 'classifier.safetensors'}"
-    call(train_classifier.main, data, run, out, *CLASSIFIER)
     for name, options in LPDS.items():
         run = f"--run={runs / name}"
         call(train_lpd.main, data, run, f"--tokenizer={tokenizer}", *options)
         call(train_lpd.main, data, run, f"--export={runs / name}.safetensors")
+    run, out = f"--run={runs / 'classifier'}", f"--out={runs / 'classifier.safetensors'}"
+    call(train_classifier.main, data, run, out, *CLASSIFIER)
 
 
 def call(command: click.Command, *arguments: str | os.PathLike[str]) -> None:

@@ -627,6 +627,12 @@ def test_the_demo_is_made_from_nothing_and_gone_on_with(
     again = load_file(other / "lpd.safetensors")
     torch.testing.assert_close(again, load_file(tmp_path / "lpd.safetensors"), rtol=0, atol=0)
 
+    # One that is not there is told before anything is trained.
+    none = tmp_path / "none"
+    said = CliRunner().invoke(demo.main, [arguments[0], f"--runs={none}", "--tokenizer=no.pt"])
+    assert (said.exit_code, none.exists()) == (2, False)
+    assert "no.pt" in said.stderr
+
 
 @pytest.mark.parametrize(
     ("device", "asked", "expected"),
