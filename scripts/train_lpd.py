@@ -24,7 +24,7 @@ from torch import nn
 from lpd_export.images import contact_sheet, save_png, to_uint8
 from lpd_export.schedule.orders import KINDS, make_orders
 from lpd_export.schedule.phases import group_sizes
-from lpd_reference import LPD, LPDConfig, VQTokenizer, generate, load_tokenizer
+from lpd_reference import LPD, LPDConfig, VQTokenizer, generate, load_lpd, load_tokenizer
 from training.command import (
     TrainingOptions,
     execution_options,
@@ -38,7 +38,7 @@ from training.command import (
 )
 from training.data import TrainingError, load_image_set
 from training.loop import open_device
-from training.lpd import LPDTask
+from training.lpd import LPDTask, transfer
 
 SHEET_CLASSES = 16
 SHEET_COLUMNS = 4
@@ -53,6 +53,16 @@ SHEET_SEED = 0
     default="runs/lpd-emoji/tokenizer.safetensors",
     show_default=True,
     help="A trained tokenizer's weights.",
+)
+@click.option(
+    "--start-from",
+    "start_source",
+    help="An LPD's weights to begin with, a file or hf:ORG/NAME.  [default: random ones]",
+)
+@click.option(
+    "--start-tokenizer",
+    "start_tokenizer_source",
+    help="The tokenizer of --start-from, if it is another; its classes may be others, too.",
 )
 @run_options("runs/lpd-emoji/lpd")
 @export_option
@@ -114,6 +124,8 @@ SHEET_SEED = 0
 def main(
     options: TrainingOptions,
     tokenizer_path: str,
+    start_source: str | None,
+    start_tokenizer_source: str | None,
     dim: int,
     depth: int,
     heads: int,
@@ -144,6 +156,12 @@ def main(
         vocab_size=tokenizer.config.codebook_size,
     )
     weights = read_schedules(schedules)
+    start = load_lpd(start_source, heads=heads) if start_source is not None else None
+    if start_tokenizer_source is not None:
+        if start is None:
+            raise TrainingError("--start-tokenizer is that of --start-from: give both")
+        other = load_tokenizer(start_tokenizer_source)
+        start = transfer(start, other, config, tokenizer, training.pixels)
     task = LPDTask(
         config,
         recipe,
@@ -158,6 +176,7 @@ def main(
         dropout=dropout,
         order_weights=read_orders(orders),
         mutual_visibility=mutual_visibility,
+        start=start,
     )
 
     def preview(step: int, model: nn.Module) -> None:

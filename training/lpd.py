@@ -10,9 +10,8 @@ skips most of what the mask hides, and the last block skips the context, which n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,7 +30,16 @@ from training.data import (
     seeded,
     to_signed,
 )
-from training.loop import Batch, Figures, Outcome, Recipe, autocast
+from training.loop import (
+    Batch,
+    Figures,
+    Optimizers,
+    Outcome,
+    Recipe,
+    autocast,
+    check_same_architecture,
+    weights_digest,
+)
 
 CHUNK = 64
 """Cells whose rows attend together: few enough to skip much, enough for fast products."""
@@ -227,6 +235,57 @@ def query_features(
     return model.norm(x)
 
 
+@torch.no_grad()
+def transfer(
+    start: LPD,
+    start_tokenizer: VQTokenizer,
+    config: LPDConfig,
+    tokenizer: VQTokenizer,
+    pixels: Tensor,
+) -> LPD:
+    """What an LPD of other tokens and classes has learned, as the beginning of one of `config`.
+
+    Blocks and positions are taken as they are. A token's embedding and its row of the head are the
+    mean of those of the other tokens that are found in its place; every class begins as their mean.
+
+    Args:
+        pixels: [N, H, W, 3] uint8, images that are read with both tokenizers.
+
+    Raises:
+        TrainingError: if the models differ in more than tokens and classes, or the tokenizers'
+            grids differ.
+    """
+    same = replace(start.config, num_classes=config.num_classes, vocab_size=config.vocab_size)
+    check_same_architecture(same, config)
+    if start_tokenizer.config.stride != tokenizer.config.stride:
+        raise TrainingError(
+            f"the tokenizer of the model to begin with has stride {start_tokenizer.config.stride}, "
+            f"not {tokenizer.config.stride}"
+        )
+    if start_tokenizer.config.codebook_size != start.config.vocab_size:
+        raise TrainingError(
+            f"the model to begin with has {start.config.vocab_size} tokens, its tokenizer "
+            f"{start_tokenizer.config.codebook_size}: give the one that it was trained with"
+        )
+    together = torch.zeros(config.vocab_size, start.config.vocab_size)
+    for part in pixels.split(VALIDATION_BATCH):
+        images = to_signed(part)
+        places = tokenizer.encode(images) * together.shape[1] + start_tokenizer.encode(images)
+        together.view(-1).index_add_(0, places.flatten(), torch.ones(places.numel()))
+    # A token that is nowhere is as good as any.
+    together += together.sum(dim=0) / together.sum()
+    shares = together / together.sum(dim=1, keepdim=True)
+    weights = start.state_dict()
+    for name in ("token_emb.weight", "head.weight"):
+        weights[name] = shares @ weights[name]
+    weights["class_emb.weight"] = (
+        weights["class_emb.weight"].mean(dim=0).repeat(config.num_classes, 1)
+    )
+    model = LPD(config)
+    model.load_state_dict(weights)
+    return model
+
+
 class LPDTask:
     """A `training.loop.Task` that trains an LPD on the tokens of augmented images.
 
@@ -250,8 +309,10 @@ class LPDTask:
         dropout: float = 0.1,
         order_weights: Mapping[str, float] | None = None,
         mutual_visibility: bool = True,
+        start: LPD | None = None,
     ) -> None:
-        """Raises TrainingError if an image has not as many tokens as the model's grid has cells.
+        """Raises TrainingError if an image has not as many tokens as the model's grid has cells, or
+        `start` is of another architecture.
 
         Args:
             group_sizes: by their number of steps, the lists that a batch draws from.
@@ -263,7 +324,10 @@ class LPDTask:
             order_weights: how often a sample's order is of each kind, "random", "locality" (grown
                 for the batch's group sizes) or "raster"; by default the first two as often.
             mutual_visibility: whether the queries of a step see one another.
+            start: the weights to begin with; by default random ones.
         """
+        if start is not None:
+            check_same_architecture(start.config, config)
         grid = images.resolution // tokenizer.config.stride
         cells = grid * grid
         if cells != config.cells:
@@ -271,7 +335,9 @@ class LPDTask:
                 f"images of {images.resolution} pixels have {cells} tokens, where the model's "
                 f"grid has {config.cells} cells: give a grid of {grid}"
             )
-        self.model = LPD(config).initialize(recipe.seed).to(device).train()
+        self.start_digest = weights_digest(start) if start is not None else None
+        model = start if start is not None else LPD(config).initialize(recipe.seed)
+        self.model = model.to(device).train().requires_grad_()
         self.tokenizer = tokenizer.to(device)
         self.config, self.recipe, self.device = config, recipe, device
         self.images, self.validation = images, validation
@@ -289,6 +355,11 @@ class LPDTask:
         }
         self.validation_tokens = self.tokenize(to_signed(validation.pixels))
 
+    def hidden_weights(self) -> list[nn.Parameter]:
+        """The linear layers of the blocks."""
+        linear = (module for module in self.model.blocks.modules() if isinstance(module, nn.Linear))
+        return [cast(nn.Parameter, module.weight) for module in linear]
+
     def settings(self) -> dict[str, Any]:
         return {
             **asdict(self.config),
@@ -300,7 +371,8 @@ class LPDTask:
             "order_weights": self.order_weights,
             "mutual_visibility": self.mutual_visibility,
             "images_digest": self.images.digest(),
-            "tokenizer_digest": tokenizer_digest(self.tokenizer),
+            "tokenizer_digest": weights_digest(self.tokenizer),
+            "start_digest": self.start_digest,
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -389,7 +461,7 @@ class LPDTask:
         return Outcome(loss, {}, {})
 
     def after_update(
-        self, step: int, kept: Batch, average: nn.Module, optimizer: torch.optim.Optimizer
+        self, step: int, kept: Batch, average: nn.Module, optimizer: Optimizers
     ) -> Figures:
         return {}
 
@@ -414,11 +486,3 @@ class LPDTask:
             targets = token_ids.gather(1, order).flatten()
             total += float(F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
         return {"validation_loss": round(total / self.validation_tokens.numel(), 5)}
-
-
-def tokenizer_digest(tokenizer: VQTokenizer) -> str:
-    """16 hexadecimal digits that tell a tokenizer's weights from any other's."""
-    content = hashlib.sha256()
-    for tensor in tokenizer.state_dict().values():
-        content.update(tensor.cpu().numpy().tobytes())
-    return content.hexdigest()[:16]

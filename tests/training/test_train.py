@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ from training.loop import (
     config_of,
     export_average,
     learning_rate,
+    new_optimizer,
     read_best,
     read_checkpoint,
     train,
 )
-from training.lpd import LPDTask, make_layout, query_features
+from training.lpd import LPDTask, make_layout, query_features, transfer
 from training.tokenizer import TokenizerTask, kmeans
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -131,8 +133,10 @@ def recipe(steps: int, **changes: Any) -> Recipe:
     return Recipe(steps=steps, **settings | changes)
 
 
-def tokenizer_task(recipe: Recipe, images: ImageSet) -> TokenizerTask:
-    return TokenizerTask(VQ_CONFIG, recipe, images, images, CPU, codebook_start=2, revive_every=2)
+def tokenizer_task(recipe: Recipe, images: ImageSet, **changes: Any) -> TokenizerTask:
+    return TokenizerTask(
+        VQ_CONFIG, recipe, images, images, CPU, codebook_start=2, revive_every=2, **changes
+    )
 
 
 def lpd_task(recipe: Recipe, images: ImageSet, tokenizer: VQTokenizer, **changes: Any) -> LPDTask:
@@ -154,11 +158,16 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     """Everything a checkpoint says of the model, its average and its optimizer."""
     checkpoint = read_checkpoint(run)
     assert checkpoint is not None
-    state = checkpoint["optimizer"]["state"]
+    past = [part["state"] for part in checkpoint["optimizer"]]
     return {
         **{f"model {name}": tensor for name, tensor in checkpoint["model"].items()},
         **{f"average {name}": tensor for name, tensor in checkpoint["average"].items()},
-        **{f"{number} {name}": t for number in state for name, t in state[number].items()},
+        **{
+            f"{place} {number} {name}": tensor
+            for place, state in enumerate(past)
+            for number in state
+            for name, tensor in state[number].items()
+        },
         **checkpoint["task"],
     }
 
@@ -411,17 +420,131 @@ def test_lpd_learns(
     assert figures["validation_loss"] < 0.85 * untrained
 
 
+def test_a_frequent_code_is_preferred_to_a_nearer_one(images: ImageSet) -> None:
+    """Entropy-constrained quantization: cosine + rate * log(share), of what a code is chosen."""
+    task = tokenizer_task(recipe(10), images, rate=0.1)
+    rows = task.model.quantize.codebook().detach()
+    near, frequent = rows[3], rows[5]
+    between = torch.nn.functional.normalize(0.52 * near + 0.48 * frequent, dim=0)
+    latent = torch.stack([between, near])[None].mT[..., None]
+    nearest = task.model.quantize(latent)
+    assert nearest.tolist() == [[3, 3]]
+    alike = task.usage.log()
+    assert torch.equal(task.choose(latent, alike), nearest)
+    task.usage[5] = 0.5
+    assert task.choose(latent, task.usage.log()).tolist() == [[5, 3]]
+    # Without a rate how frequent a code is does not matter.
+    task.rate = 0.0
+    assert torch.equal(task.choose(latent, task.usage.log()), nearest)
+
+
+def test_shares_of_codes_follow_what_is_chosen(images: ImageSet) -> None:
+    task = tokenizer_task(recipe(10), images)
+    indices = torch.zeros(2, 16, dtype=torch.int64)
+    latents = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=2)
+    optimizer = new_optimizer(task, task.recipe)
+    task.usage.zero_()
+    task.after_update(3, {"indices": indices, "latents": latents}, task.model, optimizer)
+    assert float(task.usage[0]) == pytest.approx(0.002, rel=1e-3)
+    # The others were moved onto latents: each is taken for as frequent as all are at first.
+    torch.testing.assert_close(
+        task.usage[1:], torch.full((len(task.usage) - 1,), 1 / len(task.usage))
+    )
+
+
+def test_tokenizer_begins_with_given_weights(images: ImageSet, tmp_path: Path) -> None:
+    plan = recipe(60, average_decay=0.9)
+    figures = train(tokenizer_task(plan, images), plan, tmp_path / "first")
+    checkpoint = read_checkpoint(tmp_path / "first")
+    assert checkpoint is not None
+    path = tmp_path / "vq.safetensors"
+    export_average(VQTokenizer(VQ_CONFIG), checkpoint, path, {})
+    task = tokenizer_task(plan, images, start=load_tokenizer(path))
+    begun = task.validate(task.model)
+    assert begun["validation_psnr"] == pytest.approx(figures["validation_psnr"], abs=0.05)
+    further = train(task, plan, tmp_path / "second", log_every=1)
+    assert further["validation_psnr"] > begun["validation_psnr"]
+    # Its codebook is there from the first step.
+    log = (tmp_path / "second" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["quantization_error"] > 0
+    with pytest.raises(TrainingError, match="started with start digest "):
+        train(tokenizer_task(plan, images), plan, tmp_path / "second")
+    other = VQTokenizer(replace(VQ_CONFIG, codebook_size=16))
+    with pytest.raises(TrainingError, match="has codebook_size 16, not 32"):
+        tokenizer_task(plan, images, start=other)
+
+
+def test_lpd_begins_with_given_weights(
+    images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path
+) -> None:
+    plan = recipe(30, average_decay=0.9, batch_size=8)
+    figures = train(lpd_task(plan, images, tokenizer), plan, tmp_path / "first")
+    checkpoint = read_checkpoint(tmp_path / "first")
+    assert checkpoint is not None
+    path = tmp_path / "lpd.safetensors"
+    export_average(LPD(LPD_CONFIG), checkpoint, path, {})
+    task = lpd_task(plan, images, tokenizer, start=load_lpd(path))
+    begun = task.validate(task.model)["validation_loss"]
+    assert begun == pytest.approx(figures["validation_loss"], abs=0.01)
+    assert train(task, plan, tmp_path / "second")["validation_loss"] < begun - 0.05
+    # The run is that of these weights.
+    with pytest.raises(TrainingError, match="started with start digest "):
+        train(lpd_task(plan, images, tokenizer), plan, tmp_path / "second")
+    other = LPD(replace(LPD_CONFIG, depth=1))
+    with pytest.raises(TrainingError, match="to begin with has depth 1, not 2: give the settings"):
+        lpd_task(plan, images, tokenizer, start=other)
+
+
+def test_what_an_lpd_learned_is_transferred_to_other_tokens_and_classes(
+    images: ImageSet, tokenizer: VQTokenizer
+) -> None:
+    """The same codes in another order, and more classes: the same model, but for its classes."""
+    start = LPD(LPD_CONFIG).initialize(3)
+    config = replace(LPD_CONFIG, num_classes=5)
+    shuffled = torch.randperm(LPD_CONFIG.vocab_size, generator=torch.Generator().manual_seed(1))
+    other = VQTokenizer(VQ_CONFIG).initialize(0).requires_grad_(False)
+    other.quantize.embedding.weight.copy_(tokenizer.quantize.embedding.weight[shuffled])
+    many = images.pixels.repeat(200, 1, 1, 1)
+    model = transfer(start, tokenizer, config, other, many)
+    token_ids = other.encode(to_signed(images.pixels))
+    assert token_ids.unique().numel() > 2
+    assert torch.equal(shuffled[token_ids], tokenizer.encode(to_signed(images.pixels)))
+    orders = torch.arange(config.cells).expand(len(token_ids), -1)
+    sizes = group_sizes(config.cells, 8).tolist()
+    before = start(shuffled[token_ids], None, orders, sizes)
+    after = model(token_ids, None, orders, sizes)
+    used = token_ids.unique()
+    torch.testing.assert_close(after[..., used], before[..., shuffled[used]], atol=2e-3, rtol=0.02)
+    every_class = start.class_emb.weight.mean(dim=0).expand(5, -1)
+    torch.testing.assert_close(model.class_emb.weight, every_class)
+
+
+def test_what_cannot_be_transferred_is_refused(images: ImageSet, tokenizer: VQTokenizer) -> None:
+    start = LPD(LPD_CONFIG)
+    with pytest.raises(TrainingError, match="has depth 2, not 1"):
+        transfer(start, tokenizer, replace(LPD_CONFIG, depth=1), tokenizer, images.pixels)
+    finer = VQTokenizer(replace(VQ_CONFIG, channel_multipliers=(1,)))
+    with pytest.raises(TrainingError, match="has stride 1, not 2"):
+        transfer(start, finer, LPD_CONFIG, tokenizer, images.pixels)
+    larger = VQTokenizer(replace(VQ_CONFIG, codebook_size=64))
+    with pytest.raises(TrainingError, match="has 32 tokens, its tokenizer 64"):
+        transfer(start, larger, LPD_CONFIG, tokenizer, images.pixels)
+
+
 # ----------------------------------------------------------------------------- stopping, resuming
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(
     images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path
 ) -> None:
-    plan = recipe(3)
+    plan = recipe(1, warmup_steps=0)
     for workers in (1, 3):
         train(lpd_task(plan, images, tokenizer), plan, tmp_path / str(workers), workers=workers)
     first, second = weights(tmp_path / "1"), weights(tmp_path / "3")
-    for name in first:
+    # After a step these are the gradients but for a factor.
+    gradients = [name for name in first if name.endswith(("momentum_buffer", "exp_avg"))]
+    assert len(gradients) == len(list(LPD(LPD_CONFIG).parameters()))
+    for name in gradients:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
 
 
@@ -594,13 +717,14 @@ def test_the_demo_is_made_from_nothing_and_gone_on_with(
     """One command trains all of it; given again, it takes up what is missing, and only that."""
     monkeypatch.syspath_prepend(SCRIPTS)
     demo = importlib.import_module("train_demo")
-    monkeypatch.setattr(demo, "TOKENIZER", ("--steps=3", *TOKENIZER_OPTIONS))
+    monkeypatch.setattr(demo, "SHARP", ("--steps=3", *TOKENIZER_OPTIONS))
+    monkeypatch.setattr(demo, "TOKENIZER", ("--steps=2", "--rate=0.01", *TOKENIZER_OPTIONS))
     options = ("--steps=3", *LPD_OPTIONS)
     raster = (*options, "--orders=raster:1", "--each-query-alone")
     monkeypatch.setattr(demo, "LPDS", {"lpd": options, "raster": raster})
     few = ("--steps=2", "--batch-size=2", "--warmup-steps=1")
     monkeypatch.setattr(demo, "CLASSIFIER", few)
-    made = ("tokenizer", "lpd", "raster", "classifier")
+    made = ("sharp", "tokenizer", "lpd", "raster", "classifier")
 
     def contents() -> dict[str, torch.Tensor]:
         weights = {name: load_file(tmp_path / f"{name}.safetensors") for name in made}
