@@ -102,6 +102,13 @@ SHEET_SEED = 0
     help="Share of the samples that get the null condition.",
 )
 @click.option(
+    "--plain-share",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of images that are seen as they are, neither moved nor recoloured.",
+)
+@click.option(
     "--orders",
     default="random:1,locality:1",
     show_default=True,
@@ -132,6 +139,7 @@ def main(
     dropout: float,
     balance: float,
     null_share: float,
+    plain_share: float,
     orders: str,
     schedules: str,
     mutual_visibility: bool,
@@ -173,6 +181,7 @@ def main(
         group_weights=weights,
         balance=balance,
         null_share=null_share,
+        plain_share=plain_share,
         dropout=dropout,
         order_weights=read_orders(orders),
         mutual_visibility=mutual_visibility,

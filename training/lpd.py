@@ -306,6 +306,7 @@ class LPDTask:
         group_weights: Mapping[int, float],
         balance: float = 0.0,
         null_share: float = 0.1,
+        plain_share: float = 0.0,
         dropout: float = 0.1,
         order_weights: Mapping[str, float] | None = None,
         mutual_visibility: bool = True,
@@ -320,6 +321,7 @@ class LPDTask:
                 (the first of them) the validation loss is measured.
             balance: from 0, every image is drawn as often, to 1, every class is.
             null_share: probability that a sample's condition is replaced by the null condition.
+            plain_share: probability that an image is not augmented.
             dropout: share of the channels of what each block adds that is dropped.
             order_weights: how often a sample's order is of each kind, "random", "locality" (grown
                 for the batch's group sizes) or "raster"; by default the first two as often.
@@ -344,6 +346,7 @@ class LPDTask:
         self.group_sizes = {steps: list(sizes) for steps, sizes in group_sizes.items()}
         self.group_weights = dict(group_weights)
         self.balance, self.null_share, self.dropout = balance, null_share, dropout
+        self.plain_share = plain_share
         self.order_weights = dict(order_weights or {"random": 1.0, "locality": 1.0})
         self.mutual_visibility = mutual_visibility
         self.weights = class_weights(images.labels, balance)
@@ -367,6 +370,7 @@ class LPDTask:
             "group_weights": {str(steps): weight for steps, weight in self.group_weights.items()},
             "balance": self.balance,
             "null_share": self.null_share,
+            "plain_share": self.plain_share,
             "dropout": self.dropout,
             "order_weights": self.order_weights,
             "mutual_visibility": self.mutual_visibility,
@@ -425,12 +429,14 @@ class LPDTask:
         """Images, labels, orders, who gets the null condition, the dropped channels."""
         recipe = self.recipe
         places = batch_of_step(step, recipe.batch_size, self.weights, recipe.seed)
-        labels = self.images.labels[places]
+        labels, pixels = self.images.labels[places], self.images.pixels[places]
         generator = seeded(recipe.seed, _AUGMENTATION, step)
-        may_mirror = self.images.may_mirror(labels)
+        images = augment(pixels, generator, self.images.may_mirror(labels))
+        plain = torch.rand(len(places), generator=generator) < self.plain_share
+        images[plain] = to_signed(pixels[plain])
         sizes = self.group_sizes[self.draw_steps(step)]
         batch = {
-            "images": augment(self.images.pixels[places], generator, may_mirror),
+            "images": images,
             "labels": labels,
             "orders": self.draw_orders(len(places), sizes, _ORDERS, step),
             "nulls": self.draw_nulls(step),

@@ -495,6 +495,14 @@ def test_lpd_begins_with_given_weights(
         lpd_task(plan, images, tokenizer, start=other)
 
 
+def test_a_share_of_the_images_is_seen_as_it_is(images: ImageSet, tokenizer: VQTokenizer) -> None:
+    for share in (0.0, 0.5, 1.0):
+        task = lpd_task(recipe(3, batch_size=64), images, tokenizer, plain_share=share)
+        seen = {image.numpy().tobytes() for image in to_signed(images.pixels)}
+        plain = [image.numpy().tobytes() in seen for image in task.batch(0)["images"]]
+        assert abs(sum(plain) / 64 - share) < 0.2 * (0 < share < 1) + 1e-9
+
+
 def test_what_an_lpd_learned_is_transferred_to_other_tokens_and_classes(
     images: ImageSet, tokenizer: VQTokenizer
 ) -> None:
