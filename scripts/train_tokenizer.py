@@ -86,6 +86,9 @@ SHEET_IMAGES = 16
     show_default=True,
     help="How far a frequent code is preferred to a nearer one.",
 )
+@click.option(
+    "--decoder-alone", is_flag=True, help="Leave the tokens as they are; needs --start-from."
+)
 @execution_options
 def main(
     options: TrainingOptions,
@@ -99,6 +102,7 @@ def main(
     revive_every: int,
     revive_until: float,
     rate: float,
+    decoder_alone: bool,
 ) -> None:
     """Trains a VQ tokenizer on a folder of images."""
     if options.export_path is not None:
@@ -127,6 +131,7 @@ def main(
         revive_until=revive_until,
         rate=rate,
         start=load_tokenizer(start_source) if start_source is not None else None,
+        decoder_alone=decoder_alone,
     )
 
     def preview(step: int, model: nn.Module) -> None:

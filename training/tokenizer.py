@@ -43,6 +43,8 @@ from training.loop import (
 COMMITMENT = 0.25
 """Weight of the pull of latents to their code, against that of codes to their latents."""
 EDGE_SCALES = (1, 2, 4)
+PSNR_WEIGHT = 0.01
+"""Of a dB, in the loss of a decoder that is trained alone."""
 """Resolutions, as divisors, at which the edge loss compares differences of neighbours."""
 CODEBOOK_IMAGES = 256
 """Images whose latents the codebook begins with."""
@@ -82,12 +84,17 @@ class TokenizerTask:
         revive_until: float = 0.7,
         rate: float = 0.0,
         start: VQTokenizer | None = None,
+        decoder_alone: bool = False,
     ) -> None:
         """Raises TrainingError if a setting cannot be, or `start` is of another architecture.
 
         Args:
             start: the weights to begin with, their codebook included; by default random ones.
+            decoder_alone: train what turns tokens into images, for a higher PSNR, and leave what
+                tokens mean as it is, so that an LPD of `start` is one of the result, too.
         """
+        if decoder_alone and start is None:
+            raise TrainingError("a decoder alone is trained for given tokens: give --start-from")
         if rate < 0:
             raise TrainingError(f"--rate must be at least 0, not {rate:g}")
         if images.resolution % config.stride or validation.resolution != images.resolution:
@@ -100,7 +107,10 @@ class TokenizerTask:
             codebook_start = 0
         self.start_digest = weights_digest(start) if start is not None else None
         model = start if start is not None else VQTokenizer(config).initialize(recipe.seed)
-        self.model = model.to(device).train().requires_grad_()
+        self.model = model.to(device).train().requires_grad_(not decoder_alone)
+        self.decoder_alone = decoder_alone
+        self.model.decoder.requires_grad_()
+        self.model.post_quant_conv.requires_grad_()
         self.config, self.recipe, self.device = config, recipe, device
         self.images, self.validation = images, validation
         self.weights = class_weights(images.labels, balance=0)
@@ -121,6 +131,7 @@ class TokenizerTask:
             "revive_every": self.revive_every,
             "revive_until": self.revive_until,
             "rate": self.rate,
+            "decoder_alone": self.decoder_alone,
             "images_digest": self.images.digest(),
         }
 
@@ -142,11 +153,18 @@ class TokenizerTask:
     def loss(self, step: int, part: Batch) -> Outcome:
         """L1 + L2 + edges of the reconstruction, the codebook's and the commitment's distance."""
         images = part["images"].to(self.device)
+        if self.decoder_alone:
+            with autocast(self.device, self.recipe.precision):
+                decoded = self.model.decode(self.model.encode(images)).float()
+            pixel = pixel_loss(decoded, images)
+            ratio = psnr(decoded, images).mean()
+            figures = {"pixel_loss": float(pixel.detach()), "psnr": float(ratio.detach())}
+            return Outcome(pixel - PSNR_WEIGHT * ratio, figures, {})
         with autocast(self.device, self.recipe.precision):
             latent = self.model.encode_latent(images)
         unit = F.normalize(latent.float(), dim=1)
         distance, quantized = unit.new_zeros(()), unit
-        figures: Figures = {}
+        figures = {}
         kept: Batch = {}
         if step >= self.codebook_start:
             log_usage = self.usage.clamp_min(RAREST).log()
@@ -183,12 +201,12 @@ class TokenizerTask:
             every = torch.arange(len(rows), device=self.device)
             self.replace_rows(every, rows, average, optimizer)
             return {}
-        if kept:
-            counts = torch.bincount(kept["indices"].flatten(), minlength=len(self.chosen))
-            self.chosen += counts
-            self.usage.lerp_(counts / counts.sum(), 1 - USAGE_DECAY)
-        since_start = step + 1 - self.codebook_start
-        if since_start <= 0 or since_start % self.revive_every:
+        if not kept:
+            return {}
+        counts = torch.bincount(kept["indices"].flatten(), minlength=len(self.chosen))
+        self.chosen += counts
+        self.usage.lerp_(counts / counts.sum(), 1 - USAGE_DECAY)
+        if (step + 1 - self.codebook_start) % self.revive_every:
             return {}
         unused = (self.chosen == 0).nonzero().flatten()
         self.chosen.zero_()

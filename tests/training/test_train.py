@@ -474,6 +474,23 @@ def test_tokenizer_begins_with_given_weights(images: ImageSet, tmp_path: Path) -
         tokenizer_task(plan, images, start=other)
 
 
+def test_a_decoder_alone_leaves_the_tokens_as_they_are(images: ImageSet, tmp_path: Path) -> None:
+    plan = recipe(40, average_decay=0.9)
+    before = VQTokenizer(VQ_CONFIG).initialize(0)
+    start = VQTokenizer(VQ_CONFIG).initialize(0)
+    task = tokenizer_task(plan, images, start=start, decoder_alone=True)
+    begun = task.validate(task.model)["validation_psnr"]
+    assert train(task, plan, tmp_path / "run")["validation_psnr"] > begun + 1
+    changed = {
+        name.split(".")[0]
+        for name, weight in task.model.state_dict().items()
+        if not torch.equal(weight, before.state_dict()[name])
+    }
+    assert changed == {"decoder", "post_quant_conv"}
+    with pytest.raises(TrainingError, match="give --start-from"):
+        tokenizer_task(plan, images, decoder_alone=True)
+
+
 def test_lpd_begins_with_given_weights(
     images: ImageSet, tokenizer: VQTokenizer, tmp_path: Path
 ) -> None:
