@@ -48,7 +48,6 @@ from training.data import (
 from training.loop import (
     Batch,
     Figures,
-    Optimizers,
     Outcome,
     Recipe,
     autocast,
@@ -90,9 +89,6 @@ class ClassifierTask:
         self.label_smoothing, self.balance = label_smoothing, balance
         self.weights = class_weights(images.labels, balance)
 
-    def hidden_weights(self) -> list[nn.Parameter]:
-        return []
-
     def settings(self) -> dict[str, Any]:
         return {
             **asdict(self.config),
@@ -126,7 +122,7 @@ class ClassifierTask:
         return Outcome(loss, {"accuracy": float(accuracy)}, {})
 
     def after_update(
-        self, step: int, kept: Batch, average: nn.Module, optimizer: Optimizers
+        self, step: int, kept: Batch, average: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Figures:
         return {}
 

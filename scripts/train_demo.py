@@ -24,29 +24,31 @@ import train_classifier
 import train_lpd
 import train_tokenizer
 
-VQ = (
+TOKENIZER = (
+    "--steps=46000",
     "--batch-size=8",
+    "--learning-rate=8e-4",
     "--warmup-steps=200",
+    "--stable=0.5",
     "--average-decay=0.999",
     "--multipliers=1,2,3",
     "--codebook-size=4096",
+    "--codebook-start=400",
     "--revive-every=100",
     "--validate-every=1000",
-)
-# First for sharp images alone, then for codes that can be told in advance as well.
-SHARP = (*VQ, "--steps=46000", "--learning-rate=8e-4", "--stable=0.5", "--codebook-start=400")
-TOKENIZER = (
-    *VQ,
-    "--steps=5000",
-    "--learning-rate=4e-4",
-    "--stable=0.3",
-    "--rate=0.03",
-    "--revive-until=0.6",
 )
 CLASSIFIER = ("--steps=6000",)
 SMALL = ("--steps=6000", "--dim=256", "--depth=4", "--heads=4", "--patience=6")
 LPDS = {
-    "lpd": ("--steps=14000", "--dim=256", "--depth=8", "--heads=4", "--patience=6"),
+    "lpd": (
+        "--steps=14000",
+        "--dim=256",
+        "--depth=8",
+        "--heads=4",
+        "--patience=6",
+        "--plain-share=0.5",
+        "--orders=random:1,locality:2",
+    ),
     "small": SMALL,
     "small-raster": (*SMALL, "--orders=raster:1", "--schedules=256:1"),
     "small-alone": (*SMALL, "--each-query-alone"),
@@ -81,12 +83,8 @@ def main(data: Path, runs: Path, tarballs: Path | None, tokenizer: Path | None) 
         given = [] if tarballs is None else [f"--tarballs={tarballs}"]
         call(prepare_artwork.main, f"--out={data}", *given)
     if tokenizer is None:
-        sharp, tokenizer = runs / "sharp.safetensors", runs / "tokenizer.safetensors"
-        run = f"--run={runs / 'sharp'}"
-        call(train_tokenizer.main, data, run, *SHARP)
-        call(train_tokenizer.main, data, run, f"--export={sharp}")
-        run = f"--run={runs / 'tokenizer'}"
-        call(train_tokenizer.main, data, run, f"--start-from={sharp}", *TOKENIZER)
+        run, tokenizer = f"--run={runs / 'tokenizer'}", runs / "tokenizer.safetensors"
+        call(train_tokenizer.main, data, run, *TOKENIZER)
         call(train_tokenizer.main, data, run, f"--export={tokenizer}")
     for name, options in LPDS.items():
         run = f"--run={runs / name}"

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from lpd_export.images import contact_sheet, save_png, to_uint8
-from lpd_reference import load_tokenizer
 from lpd_reference.vq import NORM_GROUPS, VQConfig, VQTokenizer
 from training.command import (
     TrainingOptions,
@@ -45,11 +44,6 @@ SHEET_IMAGES = 16
 
 
 @training_command("train_tokenizer")
-@click.option(
-    "--start-from",
-    "start_source",
-    help="A tokenizer's weights to begin with, a file or hf:ORG/NAME.  [default: random ones]",
-)
 @run_options("runs/lpd-emoji/tokenizer")
 @export_option
 @recipe_options(
@@ -66,33 +60,11 @@ SHEET_IMAGES = 16
 @click.option("--res-blocks", default=1, show_default=True, help="Residual blocks a level.")
 @click.option("--z-channels", default=64, show_default=True)
 @click.option("--codebook-size", default=1024, show_default=True)
-@click.option(
-    "--codebook-start",
-    default=200,
-    show_default=True,
-    help="Steps without a codebook; none with --start-from.",
-)
+@click.option("--codebook-start", default=200, show_default=True, help="Steps without a codebook.")
 @click.option("--revive-every", default=50, show_default=True, help="Steps.")
-@click.option(
-    "--revive-until",
-    type=click.FloatRange(0, 1),
-    default=0.7,
-    show_default=True,
-    help="Share of the steps.",
-)
-@click.option(
-    "--rate",
-    default=0.0,
-    show_default=True,
-    help="How far a frequent code is preferred to a nearer one.",
-)
-@click.option(
-    "--decoder-alone", is_flag=True, help="Leave the tokens as they are; needs --start-from."
-)
 @execution_options
 def main(
     options: TrainingOptions,
-    start_source: str | None,
     channels: int,
     multipliers: str,
     res_blocks: int,
@@ -100,9 +72,6 @@ def main(
     codebook_size: int,
     codebook_start: int,
     revive_every: int,
-    revive_until: float,
-    rate: float,
-    decoder_alone: bool,
 ) -> None:
     """Trains a VQ tokenizer on a folder of images."""
     if options.export_path is not None:
@@ -128,10 +97,6 @@ def main(
         open_device(options.device),
         codebook_start=codebook_start,
         revive_every=revive_every,
-        revive_until=revive_until,
-        rate=rate,
-        start=load_tokenizer(start_source) if start_source is not None else None,
-        decoder_alone=decoder_alone,
     )
 
     def preview(step: int, model: nn.Module) -> None:

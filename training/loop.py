@@ -1,7 +1,7 @@
 """Training in steps that can be stopped, killed and gone on with: what every model shares.
 
-Knows the loop: learning rate, optimizers, weight averaging, checkpoints, the log and the signals.
-What is trained, on which loss, is a `Task`: `training.tokenizer` and `training.lpd`.
+Knows the loop: learning rate, AdamW, weight averaging, checkpoints, the log and the signals. What
+is trained, on which loss, is a `Task`: `training.tokenizer` and `training.lpd`.
 
 A run is a folder: `checkpoint.pt` (weights, their average, optimizer, step, settings), `log.jsonl`
 (a JSON object a line) and, where a run ends when it no longer gets better, `best.pt` (the average
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import io
 import json
 import math
@@ -50,8 +49,6 @@ BEST_KEYS = ("settings", "step", "figures", "average")
 """What a file of weights to export holds; a checkpoint holds it as well."""
 CHECKPOINT_KEYS = (*BEST_KEYS, "seconds", "model", "optimizer", "task", "early")
 LOG = "log.jsonl"
-MUON_RATE = 3.0
-"""Muon's learning rate over AdamW's."""
 LOCK = ".lock"
 
 
@@ -82,9 +79,6 @@ class Task(Protocol):
 
     model: nn.Module
 
-    def hidden_weights(self) -> list[nn.Parameter]:
-        """The matrices [m, n] between hidden features, which Muon trains; none for AdamW alone."""
-
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it resumes, as plain JSON values."""
 
@@ -95,7 +89,7 @@ class Task(Protocol):
         """The loss of some samples of the batch. Changes nothing and draws no random numbers."""
 
     def after_update(
-        self, step: int, kept: Batch, average: nn.Module, optimizer: Optimizers
+        self, step: int, kept: Batch, average: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Figures:
         """What the task changes once the optimizer has taken step `step`."""
 
@@ -205,58 +199,13 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-class Optimizers:
-    """Optimizers that take steps together, each over weights of its own."""
-
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
-
-    def set_learning_rate(self, rate: float) -> None:
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate * (MUON_RATE if isinstance(part, torch.optim.Muon) else 1)
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-    def state_of(self, weight: Tensor) -> dict[str, Any]:
-        """What the optimizer of this weight keeps of its past."""
-        return next((part.state[weight] for part in self.parts if weight in part.state), {})
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
-
-
-def new_optimizer(task: Task, recipe: Recipe) -> Optimizers:
-    """Muon over the task's hidden weights, AdamW over all others that are trained.
-
-    Weights of linear layers and convolutions decay, nothing else does. Source of Muon: K. Jordan et
-    al. 2024; its updates are scaled to AdamW's size (arXiv 2502.16982, section 2.2).
-    """
-    hidden = task.hidden_weights()
-    model = task.model
+def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over all trained weights; those of linear layers and convolutions decay."""
     decaying = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    taken = {id(weight) for weight in hidden}
-    trained = [
-        parameter
-        for parameter in model.parameters()
-        if parameter.requires_grad and id(parameter) not in taken
-    ]
-    parts: list[torch.optim.Optimizer] = []
-    if hidden:
-        parts.append(
-            torch.optim.Muon(
-                hidden, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    adamw = torch.optim.AdamW(
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
         [
             {
                 "params": [parameter for parameter in trained if id(parameter) in decaying],
@@ -271,7 +220,6 @@ def new_optimizer(task: Task, recipe: Recipe) -> Optimizers:
         betas=recipe.betas,
         fused=True,
     )
-    return Optimizers(*parts, adamw)
 
 
 def new_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -285,28 +233,6 @@ def new_average(model: nn.Module, decay: float) -> AveragedModel:
 
     average = AveragedModel(model, multi_avg_fn=update)
     return average.requires_grad_(False)
-
-
-def check_same_architecture(given: Any, wanted: Any) -> None:
-    """Raises TrainingError naming what sets a model to begin with apart from the one to train.
-
-    Both are dataclasses of the same kind, such as `LPDConfig`.
-    """
-    have, want = asdict(given), asdict(wanted)
-    if other := [name for name in want if have[name] != want[name]]:
-        told = ", ".join(f"{name} {have[name]}, not {want[name]}" for name in other)
-        raise TrainingError(
-            f"the model to begin with has {told}: give the settings that it was trained with, or "
-            "begin with another"
-        )
-
-
-def weights_digest(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell a model's weights from any other's."""
-    content = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        content.update(tensor.cpu().numpy().tobytes())
-    return content.hexdigest()[:16]
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -510,7 +436,7 @@ def train(
         progress_bar(console, recipe.steps) as show,
         one_thread_each(workers) as pool,
     ):
-        optimizer = new_optimizer(task, recipe)
+        optimizer = new_optimizer(task.model, recipe)
         average = new_average(task.model, recipe.average_decay)
         step, seconds = 0, 0.0
         early = EarlyEnd()
@@ -548,8 +474,8 @@ def train(
             run.save(of_average() | rest)
 
         while step < (early.end or recipe.steps):
-            rate = learning_rate(step, recipe, early.end)
-            optimizer.set_learning_rate(rate)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe, early.end)
             of_step = update(task, recipe, step, optimizer, average, pool, workers)
             step += 1
             if not math.isfinite(of_step["loss"]):
@@ -567,7 +493,7 @@ def train(
                 figures = {
                     "step": step,
                     "seconds": round(seconds, 1),
-                    "learning_rate": rate,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
                     "images_per_second": round(sums.count * recipe.batch_size / sums.seconds(), 2),
                     **{name: round(mean, 5) for name, mean in sums.means().items()},
                 }
@@ -596,12 +522,12 @@ def update(
     task: Task,
     recipe: Recipe,
     step: int,
-    optimizer: Optimizers,
+    optimizer: torch.optim.Optimizer,
     average: AveragedModel,
     pool: Executor,
     workers: int,
 ) -> Figures:
-    """Takes one step of training: gradient, clipping, optimizers, weight average."""
+    """Takes one step of training: gradient, clipping, AdamW, weight average."""
     weights = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
 
     def gradients(part: Batch) -> tuple[Outcome, tuple[Tensor | None, ...]]:

@@ -10,6 +10,7 @@ skips most of what the mask hides, and the last block skips the context, which n
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, cast
@@ -30,16 +31,7 @@ from training.data import (
     seeded,
     to_signed,
 )
-from training.loop import (
-    Batch,
-    Figures,
-    Optimizers,
-    Outcome,
-    Recipe,
-    autocast,
-    check_same_architecture,
-    weights_digest,
-)
+from training.loop import Batch, Figures, Outcome, Recipe, autocast
 
 CHUNK = 64
 """Cells whose rows attend together: few enough to skip much, enough for fast products."""
@@ -235,6 +227,20 @@ def query_features(
     return model.norm(x)
 
 
+def check_same_architecture(given: Any, wanted: Any) -> None:
+    """Raises TrainingError naming what sets a model to begin with apart from the one to train.
+
+    Both are dataclasses of the same kind, such as `LPDConfig`.
+    """
+    have, want = asdict(given), asdict(wanted)
+    if other := [name for name in want if have[name] != want[name]]:
+        told = ", ".join(f"{name} {have[name]}, not {want[name]}" for name in other)
+        raise TrainingError(
+            f"the model to begin with has {told}: give the settings that it was trained with, or "
+            "begin with another"
+        )
+
+
 @torch.no_grad()
 def transfer(
     start: LPD,
@@ -358,11 +364,6 @@ class LPDTask:
         }
         self.validation_tokens = self.tokenize(to_signed(validation.pixels))
 
-    def hidden_weights(self) -> list[nn.Parameter]:
-        """The linear layers of the blocks."""
-        linear = (module for module in self.model.blocks.modules() if isinstance(module, nn.Linear))
-        return [cast(nn.Parameter, module.weight) for module in linear]
-
     def settings(self) -> dict[str, Any]:
         return {
             **asdict(self.config),
@@ -467,7 +468,7 @@ class LPDTask:
         return Outcome(loss, {}, {})
 
     def after_update(
-        self, step: int, kept: Batch, average: nn.Module, optimizer: Optimizers
+        self, step: int, kept: Batch, average: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Figures:
         return {}
 
@@ -492,3 +493,11 @@ class LPDTask:
             targets = token_ids.gather(1, order).flatten()
             total += float(F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
         return {"validation_loss": round(total / self.validation_tokens.numel(), 5)}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits that tell a model's weights from any other's."""
+    content = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        content.update(tensor.cpu().numpy().tobytes())
+    return content.hexdigest()[:16]

@@ -5,8 +5,7 @@ There is no discriminator: an L1, an L2 and an edge loss are enough for flat art
 common to all training is in `training.loop`.
 
 Sources: VQ-VAE (arXiv 1711.00937), unit-norm codes (ViT-VQGAN, arXiv 2110.04627), LlamaGen (arXiv
-2406.06525); the rate is that of entropy-constrained vector quantization (Chou, Lookabaugh and Gray
-1989, IEEE Transactions on Acoustics, Speech, and Signal Processing 37(1)).
+2406.06525).
 """
 
 from __future__ import annotations
@@ -29,30 +28,15 @@ from training.data import (
     seeded,
     to_signed,
 )
-from training.loop import (
-    Batch,
-    Figures,
-    Optimizers,
-    Outcome,
-    Recipe,
-    autocast,
-    check_same_architecture,
-    weights_digest,
-)
+from training.loop import Batch, Figures, Outcome, Recipe, autocast
 
 COMMITMENT = 0.25
 """Weight of the pull of latents to their code, against that of codes to their latents."""
 EDGE_SCALES = (1, 2, 4)
-PSNR_WEIGHT = 0.01
-"""Of a dB, in the loss of a decoder that is trained alone."""
 """Resolutions, as divisors, at which the edge loss compares differences of neighbours."""
 CODEBOOK_IMAGES = 256
 """Images whose latents the codebook begins with."""
 KMEANS_ROUNDS = 10
-USAGE_DECAY = 0.998
-"""A step, of what is known of how often each code is chosen."""
-RAREST = 1e-6
-"""No code is taken for rarer than this."""
 VALIDATION_BATCH = 32
 # Purposes of random numbers, so that no two draws of a step are the same.
 _AUGMENTATION, _KMEANS, _REVIVAL = 10, 11, 12
@@ -64,11 +48,6 @@ class TokenizerTask:
     The first `codebook_start` steps train an autoencoder without a codebook; then k-means of its
     latents become the codebook. Every `revive_every` steps, until `revive_until` of all steps, rows
     that no latent chose since the last time are moved onto latents far from their row.
-
-    Codes divide what is frequent ever more finely: plain white alone got hundreds of them, between
-    which a transformer can only guess. With a `rate`, latents are trained towards the code with the
-    greatest cosine + rate * log(share of the latents that choose it): a detour to a frequent code
-    that costs little is taken.
     """
 
     def __init__(
@@ -82,64 +61,34 @@ class TokenizerTask:
         codebook_start: int = 200,
         revive_every: int = 50,
         revive_until: float = 0.7,
-        rate: float = 0.0,
-        start: VQTokenizer | None = None,
-        decoder_alone: bool = False,
     ) -> None:
-        """Raises TrainingError if a setting cannot be, or `start` is of another architecture.
-
-        Args:
-            start: the weights to begin with, their codebook included; by default random ones.
-            decoder_alone: train what turns tokens into images, for a higher PSNR, and leave what
-                tokens mean as it is, so that an LPD of `start` is one of the result, too.
-        """
-        if decoder_alone and start is None:
-            raise TrainingError("a decoder alone is trained for given tokens: give --start-from")
-        if rate < 0:
-            raise TrainingError(f"--rate must be at least 0, not {rate:g}")
         if images.resolution % config.stride or validation.resolution != images.resolution:
             raise TrainingError(
                 f"images of {images.resolution} and {validation.resolution} pixels cannot be "
                 f"trained on: both sets must have one size, a multiple of {config.stride}"
             )
-        if start is not None:
-            check_same_architecture(start.config, config)
-            codebook_start = 0
-        self.start_digest = weights_digest(start) if start is not None else None
-        model = start if start is not None else VQTokenizer(config).initialize(recipe.seed)
-        self.model = model.to(device).train().requires_grad_(not decoder_alone)
-        self.decoder_alone = decoder_alone
-        self.model.decoder.requires_grad_()
-        self.model.post_quant_conv.requires_grad_()
+        self.model = VQTokenizer(config).initialize(recipe.seed).to(device)
         self.config, self.recipe, self.device = config, recipe, device
         self.images, self.validation = images, validation
         self.weights = class_weights(images.labels, balance=0)
         self.codebook_start = codebook_start
         self.revive_every, self.revive_until = revive_every, revive_until
-        self.rate = rate
         self.chosen = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)
-        self.usage = torch.full((config.codebook_size,), 1 / config.codebook_size, device=device)
-
-    def hidden_weights(self) -> list[nn.Parameter]:
-        return []
 
     def settings(self) -> dict[str, Any]:
         return {
             **asdict(self.config),
-            "start_digest": self.start_digest,
             "codebook_start": self.codebook_start,
             "revive_every": self.revive_every,
             "revive_until": self.revive_until,
-            "rate": self.rate,
-            "decoder_alone": self.decoder_alone,
             "images_digest": self.images.digest(),
         }
 
     def state(self) -> dict[str, Tensor]:
-        return {"chosen": self.chosen, "usage": self.usage}
+        return {"chosen": self.chosen}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.chosen, self.usage = (state[key].to(self.device) for key in ("chosen", "usage"))
+        self.chosen = state["chosen"].to(self.device)
 
     def batch(self, step: int) -> Batch:
         """Augmented images [B, 3, H, W]."""
@@ -153,28 +102,19 @@ class TokenizerTask:
     def loss(self, step: int, part: Batch) -> Outcome:
         """L1 + L2 + edges of the reconstruction, the codebook's and the commitment's distance."""
         images = part["images"].to(self.device)
-        if self.decoder_alone:
-            with autocast(self.device, self.recipe.precision):
-                decoded = self.model.decode(self.model.encode(images)).float()
-            pixel = pixel_loss(decoded, images)
-            ratio = psnr(decoded, images).mean()
-            figures = {"pixel_loss": float(pixel.detach()), "psnr": float(ratio.detach())}
-            return Outcome(pixel - PSNR_WEIGHT * ratio, figures, {})
         with autocast(self.device, self.recipe.precision):
             latent = self.model.encode_latent(images)
         unit = F.normalize(latent.float(), dim=1)
         distance, quantized = unit.new_zeros(()), unit
-        figures = {}
+        figures: Figures = {}
         kept: Batch = {}
         if step >= self.codebook_start:
-            log_usage = self.usage.clamp_min(RAREST).log()
-            indices = self.choose(unit.detach(), log_usage)
+            indices = self.model.quantize(unit.detach())
             rows = self.model.quantize.codebook()[indices].transpose(1, 2).view_as(unit)
             pull = F.mse_loss(unit, rows.detach())
             distance = F.mse_loss(unit.detach(), rows) + COMMITMENT * pull
             quantized = unit + (rows - unit).detach()
             figures["quantization_error"] = float(pull.detach())
-            figures["nats"] = -float(log_usage[indices].mean())
             kept = {"indices": indices, "latents": unit.detach().flatten(2).transpose(1, 2)}
         with autocast(self.device, self.recipe.precision):
             decoded = self.model.decoder(self.model.post_quant_conv(quantized))
@@ -182,16 +122,9 @@ class TokenizerTask:
         figures["pixel_loss"] = float(pixel.detach())
         return Outcome(pixel + distance, figures, kept)
 
-    def choose(self, unit: Tensor, log_usage: Tensor) -> Tensor:
-        """The codes to train unit latents [B, codebook_dim, h, w] towards: indices [B, h * w]."""
-        if not self.rate:
-            return self.model.quantize(unit)
-        similarity = unit.flatten(2).transpose(1, 2) @ self.model.quantize.codebook().detach().T
-        return (similarity + self.rate * log_usage).argmax(dim=-1)
-
     @torch.no_grad()
     def after_update(
-        self, step: int, kept: Batch, average: nn.Module, optimizer: Optimizers
+        self, step: int, kept: Batch, average: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Figures:
         """Begins the codebook, and revives rows that nothing chose."""
         if step + 1 == self.codebook_start:
@@ -201,12 +134,10 @@ class TokenizerTask:
             every = torch.arange(len(rows), device=self.device)
             self.replace_rows(every, rows, average, optimizer)
             return {}
-        if not kept:
-            return {}
-        counts = torch.bincount(kept["indices"].flatten(), minlength=len(self.chosen))
-        self.chosen += counts
-        self.usage.lerp_(counts / counts.sum(), 1 - USAGE_DECAY)
-        if (step + 1 - self.codebook_start) % self.revive_every:
+        if kept:
+            self.chosen += torch.bincount(kept["indices"].flatten(), minlength=len(self.chosen))
+        since_start = step + 1 - self.codebook_start
+        if since_start <= 0 or since_start % self.revive_every:
             return {}
         unused = (self.chosen == 0).nonzero().flatten()
         self.chosen.zero_()
@@ -218,18 +149,16 @@ class TokenizerTask:
             unused = unused[: len(error)]
             far = torch.multinomial(error, len(unused), generator=generator)
             self.replace_rows(unused, latents[far.to(self.device)], average, optimizer)
-            # As rare as they were, they would not be chosen at any rate.
-            self.usage[unused] = 1 / len(self.usage)
         return {"unused_codes": float(len(unused))}
 
     def replace_rows(
-        self, rows: Tensor, values: Tensor, average: nn.Module, optimizer: Optimizers
+        self, rows: Tensor, values: Tensor, average: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         """Sets codebook rows in the model and its average, and forgets their gradients' past."""
         weight = self.model.quantize.embedding.weight
         weight[rows] = values
         cast(VQTokenizer, average).quantize.embedding.weight[rows] = values
-        for tensor in optimizer.state_of(weight).values():
+        for tensor in optimizer.state[weight].values():
             if tensor.shape == weight.shape:
                 tensor[rows] = 0
 
