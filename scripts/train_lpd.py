@@ -106,7 +106,7 @@ SHEET_SEED = 0
     type=click.FloatRange(0, 1),
     default=0.0,
     show_default=True,
-    help="Share of images that are seen as they are, neither moved nor recoloured.",
+    help="Share of images that are seen as they are: not mirrored, moved or recoloured.",
 )
 @click.option(
     "--orders",

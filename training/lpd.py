@@ -227,17 +227,14 @@ def query_features(
     return model.norm(x)
 
 
-def check_same_architecture(given: Any, wanted: Any) -> None:
-    """Raises TrainingError naming what sets a model to begin with apart from the one to train.
-
-    Both are dataclasses of the same kind, such as `LPDConfig`.
-    """
+def check_same_architecture(given: LPDConfig, wanted: LPDConfig) -> None:
+    """Raises TrainingError naming what sets a model to begin with apart from the one to train."""
     have, want = asdict(given), asdict(wanted)
     if other := [name for name in want if have[name] != want[name]]:
         told = ", ".join(f"{name} {have[name]}, not {want[name]}" for name in other)
         raise TrainingError(
-            f"the model to begin with has {told}: give the settings that it was trained with, or "
-            "begin with another"
+            f"the model to begin with has {told}: give the settings that it was trained with, and, "
+            "if its tokens or classes are others, --start-tokenizer, its tokenizer"
         )
 
 
@@ -327,7 +324,7 @@ class LPDTask:
                 (the first of them) the validation loss is measured.
             balance: from 0, every image is drawn as often, to 1, every class is.
             null_share: probability that a sample's condition is replaced by the null condition.
-            plain_share: probability that an image is not augmented.
+            plain_share: probability that an image is seen as it is, not augmented.
             dropout: share of the channels of what each block adds that is dropped.
             order_weights: how often a sample's order is of each kind, "random", "locality" (grown
                 for the batch's group sizes) or "raster"; by default the first two as often.

@@ -23,7 +23,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lpd_export.schedule.phases import group_sizes
 from lpd_reference import LPDConfig, VQConfig, VQTokenizer, load_lpd, load_tokenizer
@@ -463,6 +463,28 @@ def test_what_an_lpd_learned_is_transferred_to_other_tokens_and_classes(
     torch.testing.assert_close(after[..., used], before[..., shuffled[used]], atol=2e-3, rtol=0.02)
     every_class = start.class_emb.weight.mean(dim=0).expand(5, -1)
     torch.testing.assert_close(model.class_emb.weight, every_class)
+
+
+def test_a_run_begins_with_an_lpd_of_other_classes(
+    folder: Path, tokenizer: VQTokenizer, tmp_path: Path
+) -> None:
+    vq, lpd = tmp_path / "vq.safetensors", tmp_path / "lpd.safetensors"
+    save_file(tokenizer.state_dict(), vq)
+    save_file(LPD(LPDConfig(64, 1, 1, 8, 3, 32)).initialize(0).state_dict(), lpd)
+    options = (folder, *LPD_OPTIONS, "--steps=2", "--run", tmp_path / "run", "--tokenizer", vq)
+    said = answer("train_lpd.py", *options, "--start-from", lpd)
+    assert (said.exit_code, said.stderr.count("\n")) == (2, 1)
+    assert "has num_classes 3, not 2" in said.stderr
+    assert "--start-tokenizer" in said.stderr
+    said = answer("train_lpd.py", *options, "--start-tokenizer", vq)
+    assert said.exit_code == 2
+    assert said.stderr.endswith("--start-tokenizer is that of --start-from: give both\n")
+    assert not (tmp_path / "run").exists()
+    said = answer("train_lpd.py", *options, "--start-from", lpd, "--start-tokenizer", vq)
+    assert said.exit_code == 0
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert (checkpoint["step"], checkpoint["settings"]["num_classes"]) == (2, 2)
 
 
 def test_what_cannot_be_transferred_is_refused(images: ImageSet, tokenizer: VQTokenizer) -> None:
